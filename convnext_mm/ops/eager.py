@@ -1,0 +1,92 @@
+"""The ConvNeXt block in plain PyTorch: the definition of correct."""
+from typing import Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def grn(x: Tensor, gamma: Tensor, beta: Tensor, eps: float = 1e-6) -> Tensor:
+    """Global response normalisation (ConvNeXt V2, arXiv 2301.00808, eqs. 1-3).
+
+    The norm over the map is summed in fp32 at least: a 16-bit sum of squares
+    over a detection-sized map overflows (fp16) or loses its small terms (bf16).
+
+    Args:
+        x: (N, H, W, C), any floating dtype.
+        gamma, beta: (1, 1, 1, C).
+        eps: Added to the mean norm over channels.
+
+    Returns:
+        (N, H, W, C); fp32 where ``x`` is 16-bit and ``gamma`` is fp32.
+    """
+    norm = torch.linalg.vector_norm(
+        x,
+        dim=(1, 2),
+        keepdim=True,
+        dtype=torch.promote_types(x.dtype, torch.float32))  # (N, 1, 1, C)
+    response = (norm / (norm.mean(dim=-1, keepdim=True) + eps)).to(
+        torch.promote_types(x.dtype, gamma.dtype))
+    return gamma * (x * response) + beta + x
+
+
+def block(x: Tensor,
+          dwconv_weight: Tensor,
+          dwconv_bias: Tensor,
+          norm_weight: Tensor,
+          norm_bias: Tensor,
+          pwconv1_weight: Tensor,
+          pwconv1_bias: Tensor,
+          pwconv2_weight: Tensor,
+          pwconv2_bias: Tensor,
+          gamma: Optional[Tensor] = None,
+          grn_gamma: Optional[Tensor] = None,
+          grn_beta: Optional[Tensor] = None,
+          drop_scale: Optional[Tensor] = None,
+          *,
+          eps: float = 1e-6,
+          dilation: int = 1) -> Tensor:
+    """One ConvNeXt block (arXiv 2201.03545, section 2.6 and figure 4).
+
+    ``x + drop_scale * gamma * W2 grn(gelu(W1 layer_norm(dwconv(x)))))``
+
+    The pointwise convolutions are linear layers over the last dimension of
+    (N, H, W, C). With a channels-last ``x`` no step copies a layout: both
+    permutes are views.
+
+    Args:
+        x: (N, C, H, W).
+        dwconv_weight: (C, 1, K, K), K odd.
+        dwconv_bias, norm_weight, norm_bias, pwconv2_bias: (C,).
+        pwconv1_weight: (M, C), M hidden channels (4C).
+        pwconv1_bias: (M,).
+        pwconv2_weight: (C, M).
+        gamma: (C,), layer scale. None: no layer scale.
+        grn_gamma, grn_beta: (1, 1, 1, M). None: no GRN (V1).
+        drop_scale: (N,), 0 for a dropped sample, 1 / keep probability for a
+            kept one. None: nothing is dropped.
+        eps: LayerNorm's.
+        dilation: Of the depthwise convolution.
+
+    Returns:
+        (N, C, H, W).
+    """
+    channels, _, kernel_size, _ = dwconv_weight.shape
+    y = F.conv2d(
+        x,
+        dwconv_weight,
+        dwconv_bias,
+        padding=dilation * (kernel_size // 2),
+        dilation=dilation,
+        groups=channels)
+    y = y.permute(0, 2, 3, 1)  # (N, C, H, W) -> (N, H, W, C)
+    y = F.layer_norm(y, (channels, ), norm_weight, norm_bias, eps)
+    y = F.gelu(F.linear(y, pwconv1_weight, pwconv1_bias))
+    if grn_gamma is not None:
+        y = grn(y, grn_gamma, grn_beta)
+    y = F.linear(y, pwconv2_weight, pwconv2_bias)
+    if gamma is not None:
+        y = gamma * y
+    if drop_scale is not None:
+        y = y * drop_scale.to(y.dtype).view(-1, 1, 1, 1)
+    return x + y.permute(0, 3, 1, 2)  # (N, H, W, C) -> (N, C, H, W)

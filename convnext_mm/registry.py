@@ -1,0 +1,37 @@
+"""Child registries of MMEngine's roots, scope ``convnext_mm``.
+
+``type='convnext_mm.ConvNeXt'`` resolves from any ``default_scope`` with nothing
+imported first: MMEngine imports this module when it meets the scope, and the
+``locations`` below when it looks a name up.
+"""
+from mmengine.registry import MODELS as ROOT_MODELS
+from mmengine.registry import \
+    OPTIM_WRAPPER_CONSTRUCTORS as ROOT_OPTIM_WRAPPER_CONSTRUCTORS
+from mmengine.registry import Registry
+
+SCOPE = 'convnext_mm'
+
+MODELS = Registry(
+    'model', parent=ROOT_MODELS, scope=SCOPE, locations=['convnext_mm'])
+OPTIM_WRAPPER_CONSTRUCTORS = Registry(
+    'optimizer wrapper constructor',
+    parent=ROOT_OPTIM_WRAPPER_CONSTRUCTORS,
+    scope=SCOPE,
+    locations=['convnext_mm'])
+
+
+def register(registry: Registry):
+    """Class decorator: registers ``Name`` here and, bare, in the root registry.
+
+    The bare name serves ``custom_imports=dict(imports=['convnext_mm'])``. A
+    class that already has the bare name in the root registry keeps it; the
+    scoped name is always ours.
+    """
+
+    def decorate(cls: type) -> type:
+        registry.register_module(module=cls)
+        if cls.__name__ not in registry.parent.module_dict:
+            registry.parent.register_module(module=cls)
+        return cls
+
+    return decorate
