@@ -1,4 +1,5 @@
 """Parameters and FLOPs of whole models, in the papers' convention."""
+import copy
 from collections import Counter
 from contextlib import ExitStack, contextmanager
 from typing import Dict, Iterator, NamedTuple, Optional, Tuple
@@ -26,7 +27,7 @@ def build_model(cfg: Config, device: str = 'meta') -> nn.Module:
     """The model of a config in evaluation mode; on the meta device its weights
     take neither memory nor time."""
     init_default_scope(cfg.get('default_scope', 'mmengine'))
-    model_cfg = cfg.model.copy()
+    model_cfg = copy.deepcopy(cfg.model)  # models change what they get
     if 'data_preprocessor' in cfg:  # where MMPretrain's configs have it
         model_cfg.setdefault('data_preprocessor', cfg.data_preprocessor)
     with torch.device(device):

@@ -24,8 +24,8 @@ test_pipeline = [
     dict(type='LoadAnnotations'),
     dict(type='PackSegInputs')
 ]
-# The published ratios are of the test scale. MMSegmentation's tta_pipeline takes
-# them of the size of the image file instead, which is another protocol.
+# The published ratios are of the test scale. MMSegmentation's tta_pipeline
+# takes them of the size of the image file instead: another protocol.
 img_ratios = [0.5, 0.75, 1.0, 1.25, 1.5, 1.75]
 tta_pipeline = [
     dict(type='LoadImageFromFile'),

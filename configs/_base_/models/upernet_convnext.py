@@ -1,6 +1,6 @@
-# UPerNet with an auxiliary FCN head on the third map; heads and losses are those
-# of MMSegmentation's UPerNet. (Spelt out: MMEngine's `mmseg::` inheritance does
-# not find MMSegmentation where it is installed as onedl-mmsegmentation.)
+# UPerNet with an auxiliary FCN head on the third map; heads and losses are
+# those of MMSegmentation's UPerNet. (Spelt out, because MMEngine's `mmseg::`
+# does not find MMSegmentation installed as onedl-mmsegmentation.)
 norm_cfg = dict(type='SyncBN', requires_grad=True)
 head = dict(
     num_classes=150,
