@@ -1,10 +1,10 @@
 # ConvNeXt V2 from FCMAE weights. Published (arXiv 2301.00808, appendix A.3):
 # Mask R-CNN, 36 epochs, batch 32, AdamW, lr 1e-4, weight decay 0.05,
-# large-scale jittering at 1024 x 1024, soft-NMS, and the sets swept: layer decay
-# 0.9, 0.95, drop path 0.2 to 0.5. Our choice: from these sets 0.95 (as
-# MMDetection's ConvNeXt V2 project) and a drop path that grows with the network;
-# for what the paper does not say (warm-up, milestones, mixed precision) the
-# recipes of V1. No result is published for tiny.
+# large-scale jittering at 1024 x 1024, soft-NMS, and the sets swept: layer
+# decay 0.9, 0.95, drop path 0.2 to 0.5. Our choice: from these sets 0.95 (as
+# MMDetection's ConvNeXt V2 project) and a drop path that grows with the
+# network; for what the paper does not say (warm-up, milestones, mixed
+# precision) the recipes of V1. No result is published for tiny.
 _base_ = [
     '../_base_/models/mask-rcnn_convnext_fpn.py',
     '../_base_/datasets/coco_instance_lsj.py',

@@ -1,0 +1,23 @@
+# From 224 x 224. No Mixup, no CutMix.
+_base_ = [
+    '../_base_/models/classifier_convnext.py',
+    '../_base_/datasets/imagenet_384.py',
+    '../_base_/schedules/adamw_imagenet_finetune-30e.py',
+    'mmpretrain::_base_/default_runtime.py'
+]
+
+model = dict(
+    backbone=dict(
+        arch='base',
+        drop_path_rate=0.8,
+        init_cfg=dict(
+            type='Pretrained',
+            checkpoint='https://dl.fbaipublicfiles.com/convnext/'
+            'convnext_base_1k_224_ema.pth')),
+    head=dict(
+        in_channels=1024,
+        init_cfg=dict(type='TruncNormal', layer='Linear', std=0.02 * 0.001)),
+    train_cfg=None)
+
+train_dataloader = dict(batch_size=32)
+optim_wrapper = dict(paramwise_cfg=dict(decay_rate=0.7))
