@@ -79,7 +79,8 @@ def load_config(args: argparse.Namespace) -> Config:
         if not cfg.get('data_root'):
             raise ValueError(f'--data-root replaces the data_root of a config;'
                              f' {args.config} has none at its top level')
-        _replace_prefix(cfg._cfg_dict, cfg.data_root, osp.join(args.data_root, ''))
+        _replace_prefix(cfg._cfg_dict, cfg.data_root,
+                        osp.join(args.data_root, ''))
     if args.work_dir is not None:
         cfg.work_dir = args.work_dir
     elif cfg.get('work_dir') is None:
@@ -95,7 +96,8 @@ def _replace_prefix(node, old: str, new: str):
     if isinstance(node, tuple):
         return tuple(_replace_prefix(item, old, new) for item in node)
     if isinstance(node, (dict, list)):
-        for key in (list(node) if isinstance(node, dict) else range(len(node))):
+        keys = list(node) if isinstance(node, dict) else range(len(node))
+        for key in keys:
             node[key] = _replace_prefix(node[key], old, new)
     return node
 
