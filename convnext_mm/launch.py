@@ -63,7 +63,10 @@ def load_config(args: argparse.Namespace) -> Config:
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     path = Path(args.config)
     if not path.is_file():
-        known = {p.name: p for p in Path('configs').rglob('*.py')}
+        known = {
+            p.name: p
+            for p in Path('configs').rglob('*.py') if '_base_' not in p.parts
+        }
         close = difflib.get_close_matches(path.name, known, n=3, cutoff=0.5)
         raise ValueError(
             f'config {args.config!r} does not exist' +
