@@ -1,6 +1,6 @@
 # 300 epochs of AdamW, batch 4096, cosine schedule after 20 epochs of warm-up,
-# in full precision, no gradient clipping. Sources: arXiv 2201.03545, table 5, and
-# the released training code (warm-up from 0, cosine to 1e-6).
+# in full precision, no gradient clipping. Sources: arXiv 2201.03545, table 5,
+# and the released training code (warm-up from 0, cosine to 1e-6).
 epochs = 300
 warmup_epochs = 20
 train_cfg = dict(by_epoch=True, max_epochs=epochs, val_interval=1)
