@@ -204,8 +204,11 @@ def test_test_settings(recipe):
     assert list(model.test_cfg.crop_size) == single['crop_size']
     assert list(model.test_cfg.stride) == single['stride']
     assert list(model.data_preprocessor.size) == entry['crop_size']
-    crops = [t for t in pipeline(load(path), 'train') if hasattr(t, 'crop_size')]
-    assert [list(t.crop_size) for t in crops] == [entry['crop_size']]
+    crops = [
+        list(step.crop_size) for step in pipeline(load(path), 'train')
+        if hasattr(step, 'crop_size')
+    ]
+    assert crops == [entry['crop_size']]
 
 
 def pipeline(cfg, split):

@@ -2,5 +2,6 @@
 # training, a centre crop at 7/8 for testing.
 _base_ = 'mmpretrain::_base_/datasets/imagenet_bs64_swin_224.py'
 
+data_root = 'data/imagenet'
 # Epochs are whole batches only, as in the published code.
 train_dataloader = dict(batch_size=128, drop_last=True)
