@@ -8,7 +8,11 @@ except ModuleNotFoundError as error:
         'onedl-mmengine`') from error
 
 from .backbone import ConvNeXt
+from .classifier_init import ReleasedClassifierInit
 from .layer_decay import LayerDecayOptimWrapperConstructor
 from .version import __version__
 
-__all__ = ['ConvNeXt', 'LayerDecayOptimWrapperConstructor', '__version__']
+__all__ = [
+    'ConvNeXt', 'LayerDecayOptimWrapperConstructor', 'ReleasedClassifierInit',
+    '__version__'
+]

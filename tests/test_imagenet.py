@@ -79,6 +79,10 @@ def test_model(recipe):
                                                settings['cutmix'])
     else:
         assert augments is None
+    if kind == 'from_1k_384':  # the classifier of the same checkpoint
+        assert head.init_cfg == dict(
+            type='convnext_mm.ReleasedClassifierInit',
+            checkpoint=cfg.model.backbone.init_cfg.checkpoint)
     checkpoint = (cfg.model.backbone.get('init_cfg') or {}).get('checkpoint')
     if kind.startswith('from'):
         assert f'convnext_{arch}_{kind[5:].split("_")[0]}_224' in checkpoint
