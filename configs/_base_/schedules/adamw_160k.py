@@ -1,5 +1,7 @@
 # 160,000 iterations of AdamW with stage-wise learning-rate decay in mixed
-# precision, no gradient clipping; 8 GPUs x 2 images.
+# precision, no gradient clipping; 8 GPUs x 2 images. (The published runs used
+# Apex for mixed precision, level O1; it is no longer maintained, so PyTorch's
+# own takes over.)
 max_iters = 160000
 train_cfg = dict(
     type='IterBasedTrainLoop', max_iters=max_iters, val_interval=16000)
