@@ -15,7 +15,7 @@ def recipe(*words):
     return next(path for path in RECIPES if all(w in path for w in words))
 
 
-def cut_down(cfg):
+def cut_down(cfg, width=16):
     model = copy.deepcopy(cfg.model)
     channels = [8, 16, 32, 64]
     model.backbone.update(
@@ -26,9 +26,21 @@ def cut_down(cfg):
         for stage in rcnn if isinstance(rcnn, list) else [rcnn]:
             stage.sampler.num = 16
         model.train_cfg.rpn_proposal.update(nms_pre=100, max_per_img=50)
+        model.neck.out_channels = width
+        model.rpn_head.update(in_channels=width, feat_channels=width)
+        roi = model.roi_head
+        heads = roi.bbox_head if isinstance(roi.bbox_head,
+                                            list) else [roi.bbox_head]
+        for head in heads:
+            head.update(in_channels=width, fc_out_channels=32)
+            if 'Conv' in head.type:
+                head.conv_out_channels = width
+        roi.mask_head.update(in_channels=width, conv_out_channels=width)
+        roi.bbox_roi_extractor.out_channels = width
+        roi.mask_roi_extractor.out_channels = width
     else:
-        model.decode_head.update(in_channels=channels, channels=16)
-        model.auxiliary_head.update(in_channels=channels[2], channels=16)
+        model.decode_head.update(in_channels=channels, channels=width)
+        model.auxiliary_head.update(in_channels=channels[2], channels=width)
     return model
 
 
