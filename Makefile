@@ -1,0 +1,28 @@
+PYTHON ?= python3
+RUN := .venv/bin/python
+TESTS ?= tests
+
+.PHONY: help setup demo test lint clean
+
+help:
+	@echo "make demo   set up, train a small Mask R-CNN on drawn shapes, show what it finds"
+	@echo "make test   set up, run the tests"
+	@echo "make setup  only make .venv with everything in it"
+	@echo "make lint   check the style"
+	@echo "make clean  delete .venv, data/shapes and work_dirs"
+
+setup:
+	@$(PYTHON) tools/setup_env.py
+
+demo: setup
+	@$(RUN) tools/demo.py configs/demo/mask-rcnn_convnext-atto_shapes.py \
+	    --work-dir work_dirs/demo --require bbox_mAP_50=0.70 segm_mAP_50=0.70
+
+test: setup
+	@$(RUN) -m pytest $(TESTS)
+
+lint: setup
+	@$(RUN) -m flake8 convnext_mm configs tools tests
+
+clean:
+	rm -rf .venv data/shapes work_dirs

@@ -1,0 +1,11 @@
+# Mask R-CNN with FPN. Heads, RPN, proposals and test settings are those of
+# MMDetection's Mask R-CNN; only the backbone and what it hands over change.
+_base_ = 'mmdet::_base_/models/mask-rcnn_r50_fpn.py'
+
+model = dict(
+    backbone=dict(
+        _delete_=True,
+        type='convnext_mm.ConvNeXt',
+        arch='tiny',
+        layer_scale_init_value=1.0),
+    neck=dict(in_channels=[96, 192, 384, 768]))

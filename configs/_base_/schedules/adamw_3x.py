@@ -1,0 +1,27 @@
+# 36 epochs of AdamW with layer-wise learning-rate decay in mixed precision, no
+# gradient clipping; 8 GPUs x 2 images.
+train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=36, val_interval=1)
+val_cfg = dict(type='ValLoop')
+test_cfg = dict(type='TestLoop')
+
+optim_wrapper = dict(
+    type='AmpOptimWrapper',
+    constructor='convnext_mm.LayerDecayOptimWrapperConstructor',
+    optimizer=dict(
+        type='AdamW', lr=1e-4, betas=(0.9, 0.999), weight_decay=0.05),
+    paramwise_cfg=dict(decay_type='layer_wise', decay_rate=0.7, num_layers=6))
+
+param_scheduler = [
+    # 500 iterations of warm-up: end is 501 because MMEngine reaches the full
+    # learning rate one iteration before `end`, the published runs at 500.
+    dict(
+        type='LinearLR', start_factor=0.001, by_epoch=False, begin=0, end=501),
+    dict(
+        type='MultiStepLR',
+        by_epoch=True,
+        begin=0,
+        end=36,
+        milestones=[27, 33],
+        gamma=0.1)
+]
+auto_scale_lr = dict(enable=False, base_batch_size=16)

@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# Shared by dist_train.sh and dist_test.sh: one process per GPU (or, without
+# one, per requested process on the CPU) through torch.distributed.run.
+set -euo pipefail
+tools=$(dirname "$0")
+task=$1
+shift
+case $task in
+    train) positional=1 usage='CONFIG [GPUS] [arguments of tools/train.py]' ;;
+    test) positional=2 usage='CONFIG CHECKPOINT [GPUS] [arguments of tools/test.py]' ;;
+esac
+if [ $# -lt "$positional" ]; then
+    echo "usage: bash tools/dist_$task.sh $usage" >&2
+    exit 2
+fi
+paths=("${@:1:positional}")
+shift "$positional"
+if [[ ${1:-} =~ ^[0-9]+$ ]]; then
+    GPUS=$1
+    shift
+fi
+if [ -z "${GPUS:-}" ]; then
+    echo "tools/dist_$task.sh: say how many processes: $usage" >&2
+    exit 2
+fi
+PYTHONPATH="$tools/..:${PYTHONPATH:-}" exec "${PYTHON:-python}" -m torch.distributed.run \
+    --nnodes="${NNODES:-1}" \
+    --node_rank="${NODE_RANK:-0}" \
+    --master_addr="${MASTER_ADDR:-127.0.0.1}" \
+    --master_port="${PORT:-29500}" \
+    --nproc_per_node="$GPUS" \
+    "$tools/$task.py" "${paths[@]}" --launcher pytorch "$@"

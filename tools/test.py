@@ -1,0 +1,73 @@
+"""Evaluates a checkpoint of a detector or segmentor on its test set."""
+import argparse
+import os.path as osp
+
+from mmengine.evaluator import DumpResults
+
+from convnext_mm.launch import (add_common_arguments, build_runner, check_data,
+                                fit_to_device, load_config)
+
+
+def parse_args(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('config', help='path of the config')
+    parser.add_argument('checkpoint', help='path or URL of the checkpoint')
+    add_common_arguments(parser)
+    parser.add_argument('--out', metavar='FILE.pkl',
+                        help='write the predictions here, as a pickle')
+    parser.add_argument(
+        '--show', action='store_true', help='show predictions in a window')
+    parser.add_argument(
+        '--show-dir', metavar='DIR', help='write pictures of predictions here')
+    parser.add_argument(
+        '--wait-time', type=float, default=2, help='seconds per shown image')
+    return parser.parse_args(argv)
+
+
+def prepare(args: argparse.Namespace):
+    """The config to test, checked.
+
+    Raises:
+        ValueError: A path or setting is wrong; says which and what to do.
+    """
+    if '://' not in args.checkpoint and not osp.isfile(args.checkpoint):
+        raise ValueError(f'checkpoint {args.checkpoint!r} does not exist')
+    if args.out and not args.out.endswith(('.pkl', '.pickle')):
+        raise ValueError(f'--out must end in .pkl or .pickle, got {args.out}')
+    cfg = load_config(args)
+    cfg.load_from = args.checkpoint
+    if args.show or args.show_dir:
+        draw_predictions(cfg, args)
+    fit_to_device(cfg)
+    check_data(cfg, ['test_dataloader'])
+    return cfg
+
+
+def draw_predictions(cfg, args: argparse.Namespace) -> None:
+    """Switches the config's visualization hook on."""
+    hook = cfg.default_hooks.get('visualization')
+    if hook is None:
+        raise ValueError('--show and --show-dir need '
+                         'default_hooks.visualization in the config')
+    hook.update(draw=True, show=args.show, wait_time=args.wait_time)
+    if args.show_dir:
+        if cfg.get('default_scope') == 'mmseg':
+            cfg.visualizer.save_dir = args.show_dir
+        else:
+            hook.test_out_dir = args.show_dir
+
+
+def main(argv=None) -> None:
+    args = parse_args(argv)
+    try:
+        cfg = prepare(args)
+    except ValueError as error:
+        raise SystemExit(f'error: {error}')
+    runner = build_runner(cfg)
+    if args.out:
+        runner.test_evaluator.metrics.append(DumpResults(args.out))
+    runner.test()
+
+
+if __name__ == '__main__':
+    main()

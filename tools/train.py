@@ -1,0 +1,71 @@
+"""Trains the model of a config: MMDetection's or MMSegmentation's, whichever
+the config's default_scope says. On a machine without a GPU it uses the CPU."""
+import argparse
+import os.path as osp
+
+from convnext_mm.launch import (add_common_arguments, build_runner, check_data,
+                                fit_to_device, load_config)
+
+
+def parse_args(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('config', help='path of the config')
+    add_common_arguments(parser)
+    parser.add_argument(
+        '--amp',
+        action='store_true',
+        help='train in mixed precision (needs a GPU)')
+    parser.add_argument(
+        '--auto-scale-lr',
+        action='store_true',
+        help="scale the learning rate by batch size over the config's "
+        'auto_scale_lr.base_batch_size')
+    parser.add_argument(
+        '--resume',
+        nargs='?',
+        const='auto',
+        metavar='CHECKPOINT',
+        help='go on from this checkpoint; without a path, or with "auto", '
+        'from the latest one in the work folder')
+    return parser.parse_args(argv)
+
+
+def prepare(args: argparse.Namespace):
+    """The config to train, checked.
+
+    Raises:
+        ValueError: A path or setting is wrong; says which and what to do.
+    """
+    cfg = load_config(args)
+    if args.amp:
+        cfg.optim_wrapper.type = 'AmpOptimWrapper'
+        cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
+    if args.auto_scale_lr:
+        if 'base_batch_size' not in cfg.get('auto_scale_lr', {}):
+            raise ValueError(
+                '--auto-scale-lr needs auto_scale_lr=dict(enable=False, '
+                f'base_batch_size=...) in the config; {args.config} has none')
+        cfg.auto_scale_lr.enable = True
+    if args.resume is not None:
+        cfg.resume = True
+        cfg.load_from = None if args.resume == 'auto' else args.resume
+        if cfg.load_from and not ('://' in cfg.load_from
+                                  or osp.isfile(cfg.load_from)):
+            raise ValueError(f'--resume: checkpoint {cfg.load_from!r} does '
+                             'not exist')
+    fit_to_device(cfg)
+    check_data(cfg, ['train_dataloader', 'val_dataloader'])
+    return cfg
+
+
+def main(argv=None) -> None:
+    args = parse_args(argv)
+    try:
+        cfg = prepare(args)
+    except ValueError as error:
+        raise SystemExit(f'error: {error}')
+    build_runner(cfg).train()
+
+
+if __name__ == '__main__':
+    main()
