@@ -2,8 +2,8 @@
 import math
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any, Dict, Iterable, List, Mapping, NamedTuple, Optional
-from typing import Tuple
+from typing import (Any, Dict, Iterable, List, Mapping, NamedTuple, Optional,
+                    Tuple)
 
 import torch
 from torch import Tensor
@@ -101,7 +101,12 @@ def convert(checkpoint: Mapping[str, Any],
             shape that no ConvNeXt gives it.
     """
     tensors = _flatten(checkpoint)
-    found, averaged = choose(recognise(tensors), prefix)
+    networks = recognise(tensors)
+    found, averaged = choose(networks, prefix)
+    copies = {
+        network.prefix + name
+        for network in networks for name in network.names
+    }
     report = Report(found.family, found.prefix, averaged)
     names = {**norm_names(found.family), **found.names}
     state = {}
@@ -110,7 +115,8 @@ def convert(checkpoint: Mapping[str, Any],
             found.prefix) else None
         name = names.get(inner)
         if name is None:
-            label = _label(key, inner, found.names)
+            label = ('another copy of the network' if key in copies else
+                     _label(key, inner, found.names))
             report.leftovers.setdefault(label, []).append(key)
             continue
         if name in state:  # two spellings of one parameter in a family

@@ -1,10 +1,13 @@
 """Public loading functions, and fitting a checkpoint to a backbone."""
 import logging
 import os
-from typing import Any, Dict, List, Mapping, Optional, Tuple, Union
+from contextlib import contextmanager
+from typing import (Any, Dict, Iterator, List, Mapping, Optional, Sequence,
+                    Tuple, Union)
 
 import torch
 from mmengine.logging import print_log
+from mmengine.model import PretrainedInit, update_init_info
 from torch import Tensor, nn
 
 from .convert import (INSIDE, Report, Spec, check_complete, convert,
@@ -15,6 +18,7 @@ from .reader import read_checkpoint
 from .remote import fetch
 
 Source = Union[str, os.PathLike]
+InitCfg = Union[dict, Sequence[dict], None]
 
 
 def load_checkpoint(source: Source,
@@ -116,6 +120,57 @@ def load_pretrained(backbone: nn.Module,
         for name, tensor in fitted.items():
             params[name].copy_(tensor)
     _log_findings(source, report)
+
+
+class SafePretrainedInit(PretrainedInit):
+    """MMEngine's initializer of the same arguments, for a ConvNeXt."""
+
+    def __call__(self, module: nn.Module) -> None:
+        load_pretrained(module, self.checkpoint, self.prefix)
+        if hasattr(module, '_params_init_info'):
+            update_init_info(module, init_info=self._get_init_info())
+
+
+def use_safe_loader(init_cfg: InitCfg) -> InitCfg:
+    """``init_cfg`` with :class:`SafePretrainedInit` for ``'Pretrained'``,
+    last, as MMEngine has it."""
+    cfgs = init_cfg if isinstance(init_cfg, (list, tuple)) else [init_cfg]
+    names = ('Pretrained', PretrainedInit)
+    pretrained = [cfg for cfg in cfgs if cfg and cfg.get('type') in names]
+    if not pretrained:
+        return init_cfg
+    return [cfg for cfg in cfgs if cfg not in pretrained
+            ] + [{**cfg, 'type': SafePretrainedInit} for cfg in pretrained]
+
+
+def convert_in_place(backbone: nn.Module, state_dict: Dict[str, Tensor],
+                     prefix: str) -> None:
+    """Gives the part of a whole model's state dict that is for the backbone our
+    names, whichever family's it has, and checks that it is complete.
+
+    Args:
+        backbone: A :class:`convnext_mm.ConvNeXt` that is about to load.
+        state_dict: Of the whole model; changed where names differ.
+        prefix: Of the backbone's names in it.
+
+    Raises:
+        CheckpointError: The backbone's part is not a ConvNeXt, or does not fit.
+    """
+    keys = [key for key in state_dict if key.startswith(prefix)]
+    if not keys:
+        return
+    part = {key[len(prefix):]: state_dict[key] for key in keys}
+    with _naming(f'the state dict behind {prefix!r}' if prefix else
+                 'the state dict'):
+        state, report = convert(part)
+        fitted = fit(backbone, state, report)
+    if all(name in fitted and fitted[name].shape == tensor.shape
+           for name, tensor in part.items()):
+        return  # our own names
+    for key in keys:
+        del state_dict[key]
+    state_dict.update({prefix + name: t for name, t in fitted.items()})
+    _log_findings('the backbone', report)
 
 
 def fit(backbone: nn.Module, state: Mapping[str, Tensor],
@@ -333,15 +388,10 @@ def warn_not_finite(report: Report) -> None:
             level=logging.WARNING)
 
 
-class _naming:
+@contextmanager
+def _naming(source: Source) -> Iterator[None]:
     """Puts the source before the message of a checkpoint error."""
-
-    def __init__(self, source: Source) -> None:
-        self.source = source
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind, error, traceback) -> None:
-        if isinstance(error, CheckpointError):
-            raise type(error)(f'{self.source}: {error}') from error
+    try:
+        yield
+    except CheckpointError as error:
+        raise type(error)(f'{source}: {error}') from error
