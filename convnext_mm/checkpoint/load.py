@@ -287,10 +287,13 @@ def _diagnose(params: Mapping[str, Tensor], state: Mapping[str, Tensor],
 
 
 def _hints(theirs: Spec, ours: Spec) -> List[str]:
-    n = len(ours.depths)
+    n = min(len(theirs.depths), len(ours.depths))
     hints = []
-    if (theirs.depths[:n], theirs.channels[:n]) != (ours.depths,
-                                                    ours.channels):
+    if n < len(ours.depths):
+        hints.append(f'the checkpoint has only the first {n} stages: emit no '
+                     'later ones (out_indices), or take another checkpoint')
+    if (theirs.depths[:n], theirs.channels[:n]) != (ours.depths[:n],
+                                                    ours.channels[:n]):
         arch = (
             repr(theirs.arch) if '(' not in theirs.arch
             and ' or ' not in theirs.arch else theirs.arch)
@@ -325,18 +328,17 @@ def _hints(theirs: Spec, ours: Spec) -> List[str]:
 
 
 def _group(names: List[str]) -> str:
-    """Parameter names with blocks of a stage counted instead of listed."""
-    groups: Dict[str, set] = {}
+    """Parameter names; those of several blocks of a stage counted instead of
+    listed."""
+    groups: Dict[str, List[str]] = {}
     for name in names:
         parts = name.split('.')
         if parts[0] == 'stages' and len(parts) > 3:
-            groups.setdefault(f'stages.{parts[1]}.*.' + '.'.join(parts[3:]),
-                              set()).add(parts[2])
-        else:
-            groups.setdefault(name, set())
+            parts[2] = '*'
+        groups.setdefault('.'.join(parts), []).append(name)
     shown = [
-        f'{name} ({len(blocks)} blocks)' if blocks else name
-        for name, blocks in groups.items()
+        group[0] if len(group) == 1 else f'{pattern} ({len(group)} blocks)'
+        for pattern, group in groups.items()
     ]
     return summarise(shown, limit=6)
 
