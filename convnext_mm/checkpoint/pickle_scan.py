@@ -279,7 +279,8 @@ def scan_pickle(data: bytes, storages: StorageSizes, start: int = 0) -> int:
         if isinstance(error, (CheckpointFileError, UnsafeCheckpointError)):
             raise
         raise CheckpointFileError(
-            f'its pickle is damaged ({type(error).__name__}: {error})'
+            f'its pickle is damaged; download or copy the file again '
+            f'({type(error).__name__}: {error})'
         ) from error
     return stream.tell()
 

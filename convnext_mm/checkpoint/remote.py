@@ -8,6 +8,7 @@ resumed.
 import hashlib
 import os
 import re
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any, Callable, NamedTuple, Optional, Union
 from urllib.error import URLError
@@ -108,11 +109,10 @@ def _because(error: Exception) -> str:
 
 
 def _fetch_url(url: str) -> Path:
-    parts = urlsplit(url)
-    if parts.scheme != 'https' and parts.hostname not in LOOPBACK:
+    if not _is_protected(url):
         raise CheckpointDownloadError(
             'plain http can be changed on its way; use https')
-    name = unquote(parts.path).rsplit('/', 1)[-1] or 'checkpoint'
+    name = unquote(urlsplit(url).path).rsplit('/', 1)[-1] or 'checkpoint'
     name = re.sub(r'[^\w.+-]', '_', name)[-150:]
     # Many files are called model.pth, so each address has its own folder.
     folder = cache_dir() / hashlib.sha256(url.encode()).hexdigest()[:16]
@@ -132,6 +132,15 @@ def _fetch_url(url: str) -> Path:
     return path
 
 
+def _is_protected(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+    except ValueError as error:
+        raise CheckpointDownloadError(
+            f'{url!r} is not an address ({error})') from error
+    return parts.scheme == 'https' or parts.hostname in LOOPBACK
+
+
 class _Remote(NamedTuple):
     """What a server says about a file."""
     url: str  # after redirects
@@ -145,13 +154,12 @@ def _ask(url: str) -> _Remote:
     try:
         with urlopen(request, timeout=TIMEOUT) as answer:
             headers, final = answer.headers, answer.geturl()
-    except (URLError, OSError, ValueError) as error:
+    except (URLError, HTTPException, OSError, ValueError) as error:
         raise CheckpointDownloadError(
             f'the server does not give the file ({_because(error)}); check '
             'the address and the network, or download it yourself and give '
             'its path') from error
-    parts = urlsplit(final)
-    if parts.scheme != 'https' and parts.hostname not in LOOPBACK:
+    if not _is_protected(final):
         raise CheckpointDownloadError(f'leads to {final}, which is not https')
     size = headers.get('Content-Length', '')
     version = headers.get('ETag') or headers.get('Last-Modified') or size

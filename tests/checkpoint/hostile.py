@@ -331,10 +331,11 @@ def huge_shapes(weights: Weights) -> Files:
         if name in ('expanded', 'long', 'array', 'scalar'):
             yield f'{name}-legacy', legacy({**weights, 'x': content})
     old = legacy(weights)
-    # numel of a storage, as BININT1, made a large BININT
+    # The size of the first storage, BININT1 or BININT2, made a large BININT.
     at = old.index(b'X\x03\0\0\0cpu') + 10
-    yield 'legacy-storage-of-8GB', old[:at] + b'J\xff\xff\xff\x7f' + old[at +
-                                                                         2:]
+    after = at + {b'K': 2, b'M': 3}[old[at:at + 1]]
+    yield ('legacy-storage-of-8GB',
+           old[:at] + b'J\xff\xff\xff\x7f' + old[after:])
     yield 'zip-storage-of-8GB', rebuilt(
         zipped(weights), lambda name, data: data.replace(
             b'K\x08t', b'J\xff\xff\xff\x7ft', 1)
