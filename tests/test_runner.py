@@ -5,7 +5,7 @@ import pytest
 import torch
 from mmengine.hooks import Hook
 from mmengine.model import BaseModel
-from mmengine.registry import init_default_scope
+from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner.checkpoint import CheckpointLoader
 from torch import nn
 from torch.utils.data import Dataset
@@ -16,6 +16,15 @@ from convnext_mm.checkpoint import (CheckpointMismatchError,
 from convnext_mm.runner import Runner, load_from_safe_reader
 
 ARCH = dict(depths=[1, 1, 1, 1], channels=[4, 6, 8, 10])
+
+
+@pytest.fixture(autouse=True)
+def mmengines_own_loaders():
+    """Puts MMEngine's loaders back, which a Runner replaces."""
+    before = CheckpointLoader._schemes
+    CheckpointLoader._schemes = dict(before)
+    yield
+    CheckpointLoader._schemes = before
 
 
 class Toy(BaseModel):
@@ -75,7 +84,8 @@ def make_runner(folder, model=None, stop=None, **settings):
         param_scheduler=dict(type='MultiStepLR', by_epoch=False,
                              milestones=[3, 5], gamma=0.1),
         train_cfg=dict(type='EpochBasedTrainLoop', max_epochs=3),
-        default_hooks=dict(checkpoint=dict(type='CheckpointHook')),
+        default_hooks=dict(checkpoint=dict(
+            type='CheckpointHook', interval=1)),
         custom_hooks=[stop or Stop()],
         experiment_name=f'run-{os.urandom(4).hex()}',
         **settings)
@@ -194,3 +204,64 @@ def test_average_resumes(tmp_path):
             with pytest.raises(KeyboardInterrupt):
                 runner.train()
     assert stop.first['iter'] == 2
+
+
+def detector(backbone):
+    return dict(
+        type='mmdet.RetinaNet',
+        data_preprocessor=dict(type='mmdet.DetDataPreprocessor'),
+        backbone=backbone,
+        neck=dict(type='mmdet.FPN', in_channels=ARCH['channels'],
+                  out_channels=8, num_outs=5),
+        bbox_head=dict(
+            type='mmdet.RetinaHead', num_classes=3, in_channels=8,
+            feat_channels=8, stacked_convs=1,
+            anchor_generator=dict(
+                type='mmdet.AnchorGenerator', octave_base_scale=4,
+                scales_per_octave=1, ratios=[1.0],
+                strides=[4, 8, 16, 32, 64]),
+            bbox_coder=dict(type='mmdet.DeltaXYWHBBoxCoder')))
+
+
+def segmentor(backbone):
+    return dict(
+        type='mmseg.EncoderDecoder',
+        data_preprocessor=dict(type='mmseg.SegDataPreProcessor'),
+        backbone=backbone,
+        decode_head=dict(
+            type='mmseg.FCNHead', in_channels=10, in_index=3, channels=8,
+            num_convs=1, num_classes=4, norm_cfg=dict(type='BN')))
+
+
+@pytest.mark.parametrize('library, whole', [('mmdet', detector),
+                                            ('mmseg', segmentor)])
+def test_load_from_of_released_models(library, whole, tmp_path):
+    """Models on mmpretrain's backbone: outputs stay, heads included."""
+    pytest.importorskip(f'{library}.models')
+    pytest.importorskip('mmpretrain.models')
+    init_default_scope(library)
+    settings = dict(arch=ARCH, out_indices=(0, 1, 2, 3),
+                    gap_before_final_norm=False)
+    reference = MODELS.build(whole(
+        dict(type='mmpretrain.ConvNeXt', layer_scale_init_value=1.,
+             **settings)))
+    with torch.no_grad():
+        for param in reference.parameters():
+            param.add_(torch.randn_like(param) * 0.1)
+    torch.save(dict(meta={}, state_dict=reference.state_dict()),
+               tmp_path / 'released.pth')
+    ours = MODELS.build(whole(dict(type='convnext_mm.ConvNeXt', **settings)))
+    runner = make_runner(tmp_path, ours)
+    runner.load_checkpoint(str(tmp_path / 'released.pth'))
+    image = torch.rand(1, 3, 64, 64)
+    outputs = [flatten(model.eval()(image, None, mode='tensor'))
+               for model in (ours, reference)]
+    assert len(outputs[0]) == len(outputs[1])
+    for a, b in zip(*outputs):
+        assert torch.allclose(a, b, atol=1e-5)
+
+
+def flatten(outputs):
+    if isinstance(outputs, torch.Tensor):
+        return [outputs]
+    return [tensor for part in outputs for tensor in flatten(part)]

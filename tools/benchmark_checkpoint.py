@@ -1,7 +1,7 @@
 """Measures reading and converting a checkpoint beside plain PyTorch.
 
-Makes an xlarge model's file (timm names, 1.4 GB), then times, in turns and each
-in a process of its own, torch.load plus torch.save of it, and
+Makes an xlarge model's files (timm names, 1.4 GB), then times, in turns and
+each in a process of its own, torch.load plus torch.save of it, and
 tools/convert_checkpoint.py of it; and the memory that reading, converting and
 loading into a model take beyond the model. Writes benchmarks/checkpoint.json.
 """
@@ -16,6 +16,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 
 ROOT = Path(__file__).resolve().parent.parent
 PLAIN = """
@@ -61,7 +62,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--repeats', type=int, default=5)
     parser.add_argument('--out', type=Path,
                         default=ROOT / 'benchmarks' / 'checkpoint.json')
-    parser.add_argument('--folder', help='for temporary files (4.5 GB)')
+    parser.add_argument('--folder', help='for temporary files (6 GB)')
     return parser.parse_args()
 
 
@@ -72,9 +73,11 @@ def make_file(arch: str, path: Path) -> None:
     timm = next(family for family in FAMILIES if family.name == 'timm')
     theirs = {ours: name for name, ours in _names_of(timm).items()}
     model = ConvNeXt(arch, out_norm=False)
-    torch.save(
-        {theirs[name]: tensor for name, tensor in model.state_dict().items()},
-        path)
+    weights = {
+        theirs[name]: tensor for name, tensor in model.state_dict().items()
+    }
+    torch.save(weights, path)
+    save_file(weights, path.with_suffix('.safetensors'))
 
 
 def run(script: str, *args: str) -> float:
@@ -105,7 +108,10 @@ def main() -> None:
         for _ in range(args.repeats):
             seconds['plain'].append(run(PLAIN, source, target))
             seconds['convert'].append(run(OURS, source, target))
-        memory = run(MEMORY, source, args.arch)
+        memory = {
+            suffix: run(MEMORY, source.replace('.pth', suffix), args.arch)
+            for suffix in ('.pth', '.safetensors')
+        }
     medians = {name: statistics.median(times)
                for name, times in seconds.items()}
     result = dict(
@@ -121,13 +127,15 @@ def main() -> None:
         seconds=seconds,
         ratio_of_medians=medians['convert'] / medians['plain'],
         peak_memory_beyond_model_bytes=memory,
-        memory_over_file=memory / size)
+        memory_over_file={
+            suffix: peak / size for suffix, peak in memory.items()
+        })
     args.out.parent.mkdir(exist_ok=True)
     args.out.write_text(json.dumps(result, indent=2) + '\n')
     print(f'{size / 1e9:.2f} GB: torch.load + torch.save '
           f'{medians["plain"]:.2f} s, convert {medians["convert"]:.2f} s, '
           f'ratio {result["ratio_of_medians"]:.2f}; memory beyond the model '
-          f'{result["memory_over_file"]:.2f} x the file')
+          f'{max(memory.values()) / size:.2f} x the file')
 
 
 if __name__ == '__main__':
