@@ -75,8 +75,9 @@ class ConvNeXt(BaseModule):
             mmpretrain's ConvNeXt only, so that a config written for it works.
         init_cfg: MMEngine's. ``dict(type='Pretrained', checkpoint=...,
             prefix=...)`` takes the checkpoint of any ConvNeXt, a file or an
-            address, see :func:`convnext_mm.load_checkpoint`. Without it weights start from a truncated normal
-            of std 0.02, biases from 0, layer scale from its initial value.
+            address, see :func:`convnext_mm.load_checkpoint`. Without it
+            weights start from a truncated normal of std 0.02, biases from 0,
+            layer scale from its initial value.
 
     Attributes:
         num_stages (int): 4.

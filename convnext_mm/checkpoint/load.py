@@ -54,7 +54,7 @@ def load_checkpoint(source: Source,
 
 def convert_state_dict(
         state_dict: Mapping[str, Any]) -> Tuple[Dict[str, Tensor], str]:
-    """Gives the ConvNeXt in a loaded checkpoint this package's names and shapes.
+    """Gives the ConvNeXt in a loaded checkpoint our names and shapes.
 
     Args:
         state_dict: A state dict of any known family, wrapped or not.

@@ -1,8 +1,9 @@
 """Reads checkpoint files without running anything they hold.
 
 Two formats: safetensors, and what ``torch.save`` writes (a zip archive, or
-before torch 1.6 a row of pickles). A pickle passes two gates: :mod:`.pickle_scan`
-decides whether it may be read, ``torch.load(weights_only=True)`` reads it.
+before torch 1.6 a row of pickles). A pickle passes two gates:
+:mod:`.pickle_scan` decides whether it may be read, then
+``torch.load(weights_only=True)`` reads it.
 """
 import json
 import mmap as memory_map

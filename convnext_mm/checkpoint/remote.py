@@ -11,7 +11,7 @@ import re
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any, Callable, NamedTuple, Optional, Union
-from urllib.error import URLError
+from urllib.error import HTTPError, URLError
 from urllib.parse import unquote, urlsplit
 from urllib.request import Request, urlopen
 
@@ -143,9 +143,8 @@ def _is_protected(url: str) -> bool:
 
 class _Remote(NamedTuple):
     """What a server says about a file."""
-    url: str  # after redirects
-    size: Optional[int]
-    version: str
+    size: Optional[int] = None
+    version: Optional[str] = None
 
 
 def _ask(url: str) -> _Remote:
@@ -154,6 +153,12 @@ def _ask(url: str) -> _Remote:
     try:
         with urlopen(request, timeout=TIMEOUT) as answer:
             headers, final = answer.headers, answer.geturl()
+    except HTTPError as error:
+        if error.code in (405, 501):  # answers no such questions
+            return _Remote()
+        raise CheckpointDownloadError(
+            f'the server answers {error.code} ({error.reason}); check the '
+            'address') from error
     except (URLError, HTTPException, OSError, ValueError) as error:
         raise CheckpointDownloadError(
             f'the server does not give the file ({_because(error)}); check '
@@ -163,9 +168,9 @@ def _ask(url: str) -> _Remote:
         raise CheckpointDownloadError(f'leads to {final}, which is not https')
     size = headers.get('Content-Length', '')
     version = headers.get('ETag') or headers.get('Last-Modified') or size
-    return _Remote(final,
-                   int(size) if size.isdigit() else None,
-                   hashlib.sha256(version.encode()).hexdigest()[:8])
+    digest = hashlib.sha256(version.encode()).hexdigest()[:8]
+    return _Remote(int(size) if size.isdigit() else None,
+                   digest if version else None)
 
 
 def _download(url: str, path: Path) -> None:
@@ -175,10 +180,12 @@ def _download(url: str, path: Path) -> None:
     remote = _ask(url)
     # The version is in the name: parts of two versions are never joined.
     partial = path.with_name(f'{path.name}.{remote.version}.incomplete')
+    if remote.version is None:
+        partial.unlink(missing_ok=True)
     try:
         with open(partial, 'ab') as file:
             http_get(
-                remote.url,
+                url,
                 file,
                 resume_size=file.tell(),
                 expected_size=remote.size,

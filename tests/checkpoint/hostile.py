@@ -189,14 +189,14 @@ def call_program(module: str, name: str, argument: str) -> bytes:
             struct.pack('<I', len(text)) + text + b'\x85Rs.')
 
 
+PAYLOAD = "open(__import__('os').environ['CANARY'], 'w')"
 CALLS = {
     'os.system': ('os', 'system', 'touch "$CANARY"'),
     'posix.system': ('posix', 'system', 'touch "$CANARY"'),
     'nt.system': ('nt', 'system', 'touch "$CANARY"'),
-    'eval': ('builtins', 'eval', "open(__import__('os').environ['CANARY'], 'w')"),
-    'exec': ('builtins', 'exec', "open(__import__('os').environ['CANARY'], 'w')"),
-    'python2 eval': ('__builtin__', 'eval',
-                     "open(__import__('os').environ['CANARY'], 'w')"),
+    'eval': ('builtins', 'eval', PAYLOAD),
+    'exec': ('builtins', 'exec', PAYLOAD),
+    'python2 eval': ('__builtin__', 'eval', PAYLOAD),
     'compile': ('builtins', 'compile', '1'),
     'open': ('builtins', 'open', '/etc/hostname'),
     '__import__': ('builtins', '__import__', 'antigravity'),
