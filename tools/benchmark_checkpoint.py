@@ -106,8 +106,10 @@ def main() -> None:
         size = os.path.getsize(source)
         seconds = dict(plain=[], convert=[])
         for _ in range(args.repeats):
-            seconds['plain'].append(run(PLAIN, source, target))
-            seconds['convert'].append(run(OURS, source, target))
+            for name, script in (('plain', PLAIN), ('convert', OURS)):
+                Path(target).unlink(missing_ok=True)
+                os.sync()  # what was written before is no cost of this run
+                seconds[name].append(run(script, source, target))
         memory = {
             suffix: run(MEMORY, source.replace('.pth', suffix), args.arch)
             for suffix in ('.pth', '.safetensors')
@@ -119,7 +121,8 @@ def main() -> None:
             ['tools/benchmark_checkpoint.py', *sys.argv[1:]]),
         machine=dict(
             processor=processor(), cpus=os.cpu_count(),
-            system=platform.platform(), threads=torch.get_num_threads()),
+            system=platform.platform(), threads=torch.get_num_threads(),
+            load_average=os.getloadavg()),
         versions=dict(python=platform.python_version(),
                       torch=torch.__version__),
         arch=args.arch,
