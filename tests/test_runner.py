@@ -126,6 +126,30 @@ def test_resume_restores_everything(how, run, straight):
         assert torch.allclose(ours, theirs, atol=1e-7)
 
 
+class OnlyBackbone(BaseModel):
+    """What the sample run trained."""
+
+    def __init__(self):
+        super().__init__()
+        self.backbone = ConvNeXt(
+            dict(depths=[1, 1, 2, 1], channels=[8, 16, 24, 32]))
+
+    def forward(self, image, mode='tensor'):
+        outputs = self.backbone(image)
+        return dict(loss=outputs[3].mean()) if mode == 'loss' else outputs
+
+
+def test_sample_run_resumes(shared_dir, tmp_path):
+    path = shared_dir / 'reference' / 'checkpoints' / 'mmengine_runner.pth'
+    stop = Stop()
+    runner = make_runner(tmp_path, OnlyBackbone(), stop, resume=True,
+                         load_from=str(path))
+    runner.train()
+    assert stop.first['iter'] == 5
+    assert stop.first['losses'] == 5
+    assert len(stop.first['steps']) == 1 and min(stop.first['steps']) > 0
+
+
 def test_resume_never_executes(run, tmp_path, monkeypatch):
     saved = torch.load(run / 'epoch_2.pth', weights_only=False)
 

@@ -1,5 +1,6 @@
 """From a checkpoint of any family to this package's layout."""
 import math
+import re
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import (Any, Dict, Iterable, List, Mapping, NamedTuple, Optional,
@@ -190,7 +191,7 @@ def _to_layout(name: str, inner: str, tensor: Tensor, key: str) -> Tensor:
     elif name.endswith(('pwconv1.weight', 'pwconv2.weight')):
         is_matrix = len(shape) == 2 or len(shape) == 4 and shape[2:] == (1, 1)
         result = tensor.flatten(1) if is_matrix else None
-    elif is_conv(name):
+    elif _is_conv(name):
         result = tensor if len(shape) == 4 else None
     else:
         result = tensor.reshape(-1) if _is_vector(shape) else None
@@ -200,12 +201,10 @@ def _to_layout(name: str, inner: str, tensor: Tensor, key: str) -> Tensor:
     return result
 
 
-def is_conv(name: str) -> bool:
+def _is_conv(name: str) -> bool:
     """Whether a parameter of ours is a convolution's weight."""
-    return name.endswith('dwconv.weight') or name == (
-        'downsample_layers.0.0.weight') or (
-            name.startswith('downsample_layers.')
-            and name.endswith('.1.weight') and name[18] != '0')
+    return name.endswith('dwconv.weight') or re.fullmatch(
+        r'downsample_layers\.(0\.0|[1-3]\.1)\.weight', name) is not None
 
 
 def _is_vector(shape: Shape) -> bool:
