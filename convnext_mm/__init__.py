@@ -8,11 +8,14 @@ except ModuleNotFoundError as error:
         'onedl-mmengine`') from error
 
 from .backbone import ConvNeXt
+from .checkpoint import (CheckpointError, convert_state_dict,
+                         load_checkpoint)
 from .classifier_init import ReleasedClassifierInit
 from .layer_decay import LayerDecayOptimWrapperConstructor
 from .version import __version__
 
 __all__ = [
-    'ConvNeXt', 'LayerDecayOptimWrapperConstructor', 'ReleasedClassifierInit',
-    '__version__'
+    'CheckpointError', 'ConvNeXt', 'LayerDecayOptimWrapperConstructor',
+    'ReleasedClassifierInit', '__version__', 'convert_state_dict',
+    'load_checkpoint'
 ]

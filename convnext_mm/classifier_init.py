@@ -1,7 +1,8 @@
 """Initial weights of a classifier's last layer."""
-from mmengine.runner.checkpoint import CheckpointLoader
 from torch import nn
 
+from .checkpoint import read_checkpoint
+from .checkpoint.remote import fetch
 from .registry import WEIGHT_INITIALIZERS, register
 
 
@@ -29,10 +30,10 @@ class ReleasedClassifierInit:
         """Fills ``module.fc``.
 
         Raises:
-            ValueError: The file has no such layer, or one of another size.
+            CheckpointError: The file cannot be fetched or read.
+            ValueError: It has no such layer, or one of another size.
         """
-        state = CheckpointLoader.load_checkpoint(
-            self.checkpoint, map_location='cpu', logger='silent')
+        state = read_checkpoint(fetch(self.checkpoint))
         state = state.get('model', state)
         for name, param in module.fc.named_parameters():
             value = state.get(f'head.{name}')

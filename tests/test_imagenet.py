@@ -13,7 +13,8 @@ from PIL import Image
 from recipe_models import (RECIPES, ROOT, learning_rates, load, model_of,
                            optim_wrapper_of, stand_in)
 
-from convnext_mm.backbone import ARCHS, ConvNeXt
+from convnext_mm import ConvNeXt
+from convnext_mm.archs import ARCHS
 from convnext_mm.complexity import count, default_shape, total
 from convnext_mm.layer_id import get_layer_id
 
