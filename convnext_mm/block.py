@@ -1,23 +1,52 @@
 """One ConvNeXt block: its parameters, and the place that picks what runs it."""
+import functools
+import os
 from typing import Callable, Dict, Optional
 
 import torch
+from mmengine.logging import print_log
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .ops import eager
+from .ops import eager, lean
 
-IMPLEMENTATIONS: Dict[str, Callable[..., Tensor]] = {'eager': eager.block}
+IMPLEMENTATIONS: Dict[str, Callable[..., Tensor]] = {
+    'eager': eager.block,
+    'lean': lean.block,
+    'lean+': lean.block_plus
+}
 IMPL_NAMES = ('auto', *IMPLEMENTATIONS)
+IMPL_VARIABLE = 'CONVNEXT_MM_IMPL'  # overrides every impl, for debugging
 
 
 def select_impl(impl: str, x: Tensor) -> Callable[..., Tensor]:
     """The block function for a requested ``impl`` and an input.
 
     ``'auto'`` is the best that the device, dtype and shape of ``x`` allow; it
-    never fails.
+    never fails. The environment variable ``CONVNEXT_MM_IMPL`` overrides
+    ``impl``. What runs is logged when it is first picked.
+
+    Raises:
+        ValueError: ``CONVNEXT_MM_IMPL`` or ``impl`` is no known name.
     """
-    return IMPLEMENTATIONS['eager' if impl == 'auto' else impl]
+    source = 'impl'
+    if os.environ.get(IMPL_VARIABLE):
+        source, impl = IMPL_VARIABLE, os.environ[IMPL_VARIABLE]
+    if impl not in IMPL_NAMES:
+        raise ValueError(f'unknown {source} {impl!r}; one of {IMPL_NAMES}')
+    name = impl
+    if impl == 'auto':
+        # Tracers (exporters, FLOP counters) know PyTorch's operators only.
+        name = 'eager' if torch.jit.is_tracing() else 'lean'
+    if not torch.compiler.is_compiling():
+        _log_choice(source, impl, name, x.device.type)
+    return IMPLEMENTATIONS[name]
+
+
+@functools.lru_cache(maxsize=None)  # once for each choice
+def _log_choice(source: str, impl: str, name: str, device: str) -> None:
+    print_log(f'ConvNeXt blocks on {device}: {name!r} ({source}={impl!r})',
+              'current')
 
 
 class GRN(nn.Module):
