@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
-from .block import IMPL_NAMES, Block
+from .block import IMPL_NAMES, Block, Downsample
 from .layer_id import default_num_layers, get_layer_id
 from .registry import MODELS, register
 
@@ -88,8 +88,12 @@ class ConvNeXt(BaseModule):
         gap_before_final_norm: Emit (N, C_i), pooled and then normalised, for
             classifiers.
         with_cp: Recompute blocks in backward: less memory, more time.
-        impl: What computes a block: ``'auto'`` or ``'eager'``. Neither weights
-            nor outputs depend on it.
+        impl: What computes the blocks; neither weights nor outputs depend on
+            it. ``'eager'``: plain PyTorch. ``'lean'``: a backward of its own
+            that stores less than half. ``'lean+'``: one that stores least and
+            recomputes a matrix product. ``'auto'``: the best that device,
+            dtype and shape allow. ``CONVNEXT_MM_IMPL`` in the environment
+            overrides it.
         norm_cfg, act_cfg, linear_pw_conv: Accepted at the defaults of
             mmpretrain's ConvNeXt only, so that a config written for it works.
         init_cfg: MMEngine's. Without it weights start from a truncated normal
@@ -170,13 +174,16 @@ class ConvNeXt(BaseModule):
         for i in range(self.out_indices[-1] + 1):
             width = self.channels[i]
             if i == 0:  # the stem
-                layers = (nn.Conv2d(self.in_channels, width, stem_patch_size,
-                                    stem_patch_size),
-                          LayerNorm2d(width, eps=norm_eps))
+                layer = nn.Sequential(
+                    nn.Conv2d(self.in_channels, width, stem_patch_size,
+                              stem_patch_size),
+                    LayerNorm2d(width, eps=norm_eps))
             else:
-                layers = (LayerNorm2d(self.channels[i - 1], eps=norm_eps),
-                          nn.Conv2d(self.channels[i - 1], width, 2, 2))
-            self.downsample_layers.append(nn.Sequential(*layers))
+                layer = Downsample(
+                    LayerNorm2d(self.channels[i - 1], eps=norm_eps),
+                    nn.Conv2d(self.channels[i - 1], width, 2, 2),
+                    impl=impl)
+            self.downsample_layers.append(layer)
             self.stages.append(
                 nn.Sequential(*(Block(
                     width,

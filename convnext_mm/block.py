@@ -1,7 +1,7 @@
 """One ConvNeXt block: its parameters, and the place that picks what runs it."""
 import functools
 import os
-from typing import Callable, Dict, Optional
+from typing import Callable, Dict, NamedTuple, Optional
 
 import torch
 from mmengine.logging import print_log
@@ -10,17 +10,24 @@ from torch.utils.checkpoint import checkpoint
 
 from .ops import eager, lean
 
-IMPLEMENTATIONS: Dict[str, Callable[..., Tensor]] = {
-    'eager': eager.block,
-    'lean': lean.block,
-    'lean+': lean.block_plus
+
+class Implementation(NamedTuple):
+    """Functions with the signatures of those of :mod:`.ops.eager`."""
+    block: Callable[..., Tensor]
+    downsample: Callable[..., Tensor]
+
+
+IMPLEMENTATIONS: Dict[str, Implementation] = {
+    'eager': Implementation(eager.block, eager.downsample),
+    'lean': Implementation(lean.block, lean.downsample),
+    'lean+': Implementation(lean.block_plus, lean.downsample)
 }
 IMPL_NAMES = ('auto', *IMPLEMENTATIONS)
 IMPL_VARIABLE = 'CONVNEXT_MM_IMPL'  # overrides every impl, for debugging
 
 
-def select_impl(impl: str, x: Tensor) -> Callable[..., Tensor]:
-    """The block function for a requested ``impl`` and an input.
+def select_impl(impl: str, x: Tensor) -> Implementation:
+    """The functions for a requested ``impl`` and an input.
 
     ``'auto'`` is the best that the device, dtype and shape of ``x`` allow; it
     never fails. The environment variable ``CONVNEXT_MM_IMPL`` overrides
@@ -123,7 +130,7 @@ class Block(nn.Module):
         return self._run(x, drop_scale)
 
     def _run(self, x: Tensor, drop_scale: Optional[Tensor]) -> Tensor:
-        return select_impl(self.impl, x)(
+        return select_impl(self.impl, x).block(
             x,
             self.dwconv.weight,
             self.dwconv.bias,
@@ -150,3 +157,37 @@ class Block(nn.Module):
     def extra_repr(self) -> str:
         return (f'drop_path={self.drop_path:.3g}, with_cp={self.with_cp}, '
                 f'impl={self.impl!r}')
+
+
+class Downsample(nn.Sequential):
+    """The layer before a stage but the first: LayerNorm, then a convolution.
+
+    Like :class:`Block` it holds parameters under the published names, and
+    calls no hooks on its submodules.
+
+    Args:
+        norm: LayerNorm over the channels of (N, C, H, W).
+        conv: The convolution.
+        impl: ``'auto'`` or one implementation's name.
+    """
+
+    def __init__(self, norm: nn.LayerNorm, conv: nn.Conv2d,
+                 impl: str = 'auto') -> None:
+        super().__init__(norm, conv)
+        self.impl = impl
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) to (N, D, H / 2, W / 2) at the usual stride."""
+        norm, conv = self
+        if type(conv) is not nn.Conv2d:  # it does more than convolve
+            return super().forward(x)
+        return select_impl(self.impl, x).downsample(
+            x,
+            norm.weight,
+            norm.bias,
+            conv.weight,
+            conv.bias,
+            eps=norm.eps,
+            stride=conv.stride,
+            padding=conv.padding,
+            dilation=conv.dilation)

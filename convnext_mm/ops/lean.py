@@ -28,11 +28,13 @@ pick the faster of two equal routes, :func:`_linear` and
 :func:`_depthwise_weight_grad`.
 """
 import functools
+import math
 from typing import Iterator, List, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 # Pixels of a CPU chunk, for each thread: a few chunks of (512, 4 C) fit in a
 # core's second-level cache at C = 96, and products of 512 rows run at full
@@ -137,7 +139,7 @@ def _chunks(x: Tensor, whole_samples: bool) -> Iterator[Tuple[slice, slice]]:
                 yield slice(n, n + 1), slice(p, p + rows)
     else:
         step = max(1, rows // max(1, pixels))
-        for n in range(0, samples, step):
+        for n in range(0, max(1, samples), step):
             yield slice(n, n + step), slice(None)
 
 
@@ -166,7 +168,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Optional[Tensor] = None,
 
 def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor,
                 eps: float) -> Tuple[Tensor, Tensor, Tensor]:
-    """LayerNorm over the last dimension, mean and 1 / std (in fp32 at least)."""
+    """LayerNorm over the last dimension; mean and 1 / std in fp32 at least."""
     stat = _stat_dtype(x.dtype)
     return torch.native_layer_norm(x, x.shape[-1:], weight.to(stat),
                                    bias.to(stat), eps)
@@ -265,21 +267,20 @@ def _pointwise(x: Tensor, maps: Tensor, out: Tensor, norm_weight: Tensor,
     Returns:
         The pre-activation (N, P, M) with ``keep_hidden``, else None.
     """
-    hidden = None
     if grn_beta is not None:  # a constant before W2 is one after it
         stat = _stat_dtype(w2.dtype)
         b2 = torch.addmv(b2.to(stat), w2.to(stat),
                          grn_beta.to(stat).flatten()).to(w2.dtype)
+    hidden = None
     if keep_hidden:
-        hidden = maps.new_empty(*maps.shape[:2], len(w1))
+        hidden = _linear(
+            _layer_norm(maps, norm_weight, norm_bias, eps)[0], w1, b1)
     for part in _chunks(maps, whole_samples=grn_gamma is not None):
-        h = _layer_norm(maps[part], norm_weight, norm_bias, eps)[0]
         if hidden is None:
+            h = _layer_norm(maps[part], norm_weight, norm_bias, eps)[0]
             h = _linear(h, w1, b1, gelu=True)
         else:
-            h = _linear(h, w1, b1)
-            hidden[part] = h
-            h = F.gelu(h)
+            h = F.gelu(hidden[part])
         if grn_gamma is not None:
             h.mul_(_grn_scale(h, grn_gamma)[0])
         y = _linear(h, w2, b2)
@@ -304,6 +305,16 @@ def _(x, dwconv_weight, dwconv_bias, norm_weight, norm_bias, pwconv1_weight,
             cast if keep and dtype != x.dtype else x.new_empty(0),
             maps if keep else x.new_empty(0),
             hidden if keep == KEEP_ALL else x.new_empty(0))
+
+
+@register_flop_formula(torch.ops.convnext_mm.lean_forward)
+def _block_flops(x, dwconv_weight, dwconv_bias, norm_weight, norm_bias,
+                 pwconv1_weight, *_, **__) -> int:
+    """Of convolution and matrix products, as PyTorch counts the plain block's.
+    """
+    n, c, h, w = x
+    kernel = dwconv_weight[2] * dwconv_weight[3]
+    return 2 * n * h * w * c * (kernel + 2 * pwconv1_weight[0])
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -438,7 +449,7 @@ def _pointwise_backward(
             g_sum.add(dy.sum((0, 1), dtype=_stat_dtype(dtype)))
         d_a = torch.ops.aten.gelu_backward.grad_input(d_h, a, grad_input=d_h)
         if need_1:
-            d_w1.add(_product(normed, d_a))
+            d_w1.add(_product(d_a, normed))
             d_b1.add(d_a.sum((0, 1), dtype=_stat_dtype(dtype)))
         d_normed = _linear(d_a, w1.t())
         stat = _stat_dtype(dtype)
@@ -451,9 +462,7 @@ def _pointwise_backward(
             d_norm_weight.add(d_weight)
             d_norm_bias.add(d_bias)
 
-    d_w2 = d_b2 = d_gamma = d_w1_value = None
-    if need_1:
-        d_w1_value = d_w1.value.t().contiguous()
+    d_w2 = d_b2 = d_gamma = None
     if need_2:
         d_w2, d_b2 = g.value, g_sum.value
         if range_ is not None:
@@ -466,7 +475,7 @@ def _pointwise_backward(
                     bias2.to(d_b2.dtype))
             d_w2, d_b2 = d_w2.mul_(factor[:, None]), d_b2 * factor
     return [
-        d_norm_weight.value, d_norm_bias.value, d_w1_value, d_b1.value, d_w2,
+        d_norm_weight.value, d_norm_bias.value, d_w1.value, d_b1.value, d_w2,
         d_b2, d_gamma, d_grn_gamma.value, d_z.value
     ]
 
@@ -500,7 +509,7 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     """``sum_rows a^T b``: (..., A) and (..., B), contiguous, to (A, B)."""
     a, b = a.flatten(0, -2), b.flatten(0, -2)
     if a.dtype == torch.float32 and _onednn(a):
-        return _linear(a.t().contiguous(), b.t())
+        return _linear(a.t(), b.t())
     return torch.mm(a.t(), b)
 
 
@@ -565,6 +574,16 @@ def _tiles(size: int, largest: int) -> Iterator[Tuple[int, int]]:
         yield start, min(start + step, size)
 
 
+@register_flop_formula(torch.ops.convnext_mm.lean_backward)
+def _block_backward_flops(grad_out, x, maps, hidden, *params, **_) -> int:
+    """Twice the forward's, and ``lean+``'s recomputed matrix product."""
+    flops = 2 * _block_flops(grad_out, *params)
+    if hidden[0] == 0:
+        n, c, h, w = grad_out
+        flops += 2 * n * h * w * c * params[4][0]
+    return flops
+
+
 @_backward_op.register_fake
 def _(grad_out, x, maps, hidden, *rest):
     params, (x_dtype, needs) = rest[:11], rest[-2:]
@@ -575,8 +594,128 @@ def _(grad_out, x, maps, hidden, *rest):
 
 def _refuse(ctx, *_):
     raise RuntimeError(
-        "the gradients of a 'lean' or 'lean+' ConvNeXt block cannot be "
+        "the gradients of impl 'lean' and 'lean+' of ConvNeXt cannot be "
         "differentiated again; use impl='eager' for that")
 
 
 _backward_op.register_autograd(_refuse)
+
+
+def downsample(x: Tensor,
+               norm_weight: Tensor,
+               norm_bias: Tensor,
+               conv_weight: Tensor,
+               conv_bias: Tensor,
+               *,
+               eps: float = 1e-6,
+               stride: Sequence[int] = (2, 2),
+               padding: Sequence[int] = (0, 0),
+               dilation: Sequence[int] = (1, 1)) -> Tensor:
+    """:func:`convnext_mm.ops.eager.downsample`; keeps its input only, which
+    the norm of an emitted map keeps too, and recomputes LayerNorm.
+
+    Raises:
+        RuntimeError: In a second differentiation of the gradients.
+    """
+    return _downsample_op(x, norm_weight, norm_bias, conv_weight, conv_bias,
+                          eps, stride, padding, dilation, _compute_dtype(x))
+
+
+@torch.library.custom_op('convnext_mm::lean_downsample', mutates_args=())
+def _downsample_op(x: Tensor, norm_weight: Tensor, norm_bias: Tensor,
+                   conv_weight: Tensor, conv_bias: Tensor, eps: float,
+                   stride: Sequence[int], padding: Sequence[int],
+                   dilation: Sequence[int], dtype: torch.dtype) -> Tensor:
+    with torch.autocast(x.device.type, enabled=False):
+        normed = _layer_norm(
+            x.permute(0, 2, 3, 1), norm_weight, norm_bias, eps)[0]
+        out = F.conv2d(
+            normed.permute(0, 3, 1, 2).to(dtype), conv_weight.to(dtype),
+            conv_bias.to(dtype), stride, padding, dilation)
+        return out.contiguous(memory_format=torch.channels_last)
+
+
+@_downsample_op.register_fake
+def _(x, norm_weight, norm_bias, conv_weight, conv_bias, eps, stride, padding,
+      dilation, dtype):
+    sizes = [(s + 2 * p - d * (k - 1) - 1) // t + 1 for s, p, d, k, t in zip(
+        x.shape[2:], padding, dilation, conv_weight.shape[2:], stride)]
+    out = x.new_empty(len(x), len(conv_weight), *sizes, dtype=dtype)
+    return out.contiguous(memory_format=torch.channels_last)
+
+
+@register_flop_formula(torch.ops.convnext_mm.lean_downsample)
+def _downsample_flops(x, norm_weight, norm_bias, conv_weight, *_, out_shape,
+                      **__) -> int:
+    n, _, h, w = out_shape
+    return 2 * n * h * w * math.prod(conv_weight)
+
+
+def _downsample_setup_context(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs[:4])
+    ctx.settings = inputs[5:]
+
+
+def _downsample_backward(ctx, grad):
+    needs = list(ctx.needs_input_grad[:5])
+    grads = _downsample_backward_op(grad, *ctx.saved_tensors, *ctx.settings,
+                                    needs)
+    return tuple(g if need else None
+                 for g, need in zip(grads, needs)) + (None, ) * 5
+
+
+_downsample_op.register_autograd(
+    _downsample_backward, setup_context=_downsample_setup_context)
+
+
+@torch.library.custom_op(
+    'convnext_mm::lean_downsample_backward', mutates_args=())
+def _downsample_backward_op(
+        grad: Tensor, x: Tensor, norm_weight: Tensor, norm_bias: Tensor,
+        conv_weight: Tensor, eps: float, stride: Sequence[int],
+        padding: Sequence[int], dilation: Sequence[int], dtype: torch.dtype,
+        needs: List[bool]) -> List[Tensor]:
+    """Gradients of the input and the four parameters; empty where ``needs``
+    says that none is asked for."""
+    with torch.autocast(x.device.type, enabled=False):
+        x = x.permute(0, 2, 3, 1)
+        normed, mean, rstd = _layer_norm(x, norm_weight, norm_bias, eps)
+        d_normed, d_weight, d_bias = torch.ops.aten.convolution_backward(
+            grad, normed.permute(0, 3, 1, 2).to(dtype), conv_weight.to(dtype),
+            [len(conv_weight)], stride, padding, dilation, False, [0, 0], 1,
+            [any(needs[:3]), needs[3], needs[4]])
+        grads = [None, None, None, d_weight, d_bias]
+        if any(needs[:3]):
+            stat = _stat_dtype(x.dtype)
+            grads[:3] = torch.ops.aten.native_layer_norm_backward(
+                d_normed.permute(0, 2, 3, 1).to(x.dtype), x, x.shape[3:],
+                mean, rstd, norm_weight.to(stat), norm_bias.to(stat),
+                needs[:3])
+        if needs[0]:
+            grads[0] = grads[0].permute(0, 3, 1, 2)
+        dtypes = (x.dtype, norm_weight.dtype, norm_bias.dtype,
+                  conv_weight.dtype, conv_weight.dtype)
+        return [
+            g.to(d) if need else x.new_empty(0)
+            for g, d, need in zip(grads, dtypes, needs)
+        ]
+
+
+@register_flop_formula(torch.ops.convnext_mm.lean_downsample_backward)
+def _downsample_backward_flops(grad, x, norm_weight, norm_bias, conv_weight,
+                               *_, **__) -> int:
+    n, _, h, w = grad
+    return 4 * n * h * w * math.prod(conv_weight)
+
+
+@_downsample_backward_op.register_fake
+def _(grad, x, norm_weight, norm_bias, conv_weight, eps, stride, padding,
+      dilation, dtype, needs):
+    grads = (torch.empty_like(x, memory_format=torch.channels_last),
+             torch.empty_like(norm_weight), torch.empty_like(norm_bias),
+             torch.empty_like(conv_weight),
+             conv_weight.new_empty(len(conv_weight)))
+    return [g if need else x.new_empty(0) for g, need in zip(grads, needs)]
+
+
+_downsample_backward_op.register_autograd(_refuse)
