@@ -148,6 +148,7 @@ class ConvNeXt(BaseModule):
         self.frozen_stages = _integer('frozen_stages', frozen_stages, -1,
                                       NUM_STAGES)
         self.gap_before_final_norm = gap_before_final_norm
+        self.deployed = False
         if _integer('kernel_size', kernel_size, 1) % 2 == 0:
             raise ValueError(
                 f'kernel_size must be odd (3, 5, 7, ...), got {kernel_size}')
@@ -234,8 +235,36 @@ class ConvNeXt(BaseModule):
                     contiguous())
         return tuple(outs)
 
+    def switch_to_deploy(self) -> 'ConvNeXt':
+        """Freezes the weights for inference and makes it faster.
+
+        LayerNorm's affine and layer scale of every block (GRN's beta in V2)
+        are folded into the pointwise layers, see
+        :mod:`convnext_mm.ops.deploy`; outputs stay but for rounding. State-dict
+        keys stay too: what was folded is 1 or 0. Under ``torch.no_grad()``
+        weights are then cast once, not for every call. Twice is as once.
+
+        Returns:
+            The module, in evaluation mode, with no parameter to train.
+        """
+        self.eval()
+        self.requires_grad_(False)
+        for module in self.modules():
+            if isinstance(module, Block):
+                module.switch_to_deploy()
+        self.deployed = True
+        return self
+
     def train(self, mode: bool = True) -> 'ConvNeXt':
-        """Sets the mode; frozen stages stay in evaluation mode."""
+        """Sets the mode; frozen stages stay in evaluation mode.
+
+        Raises:
+            RuntimeError: Training mode after :meth:`switch_to_deploy`.
+        """
+        if mode and self.deployed:
+            raise RuntimeError(
+                'after switch_to_deploy() a ConvNeXt is for inference only; '
+                'build it again and load its checkpoint to train it')
         super().train(mode)
         self._freeze()
         return self

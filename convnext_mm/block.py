@@ -1,14 +1,14 @@
 """One ConvNeXt block: its parameters, and the place that picks what runs it."""
 import functools
 import os
-from typing import Callable, Dict, NamedTuple, Optional
+from typing import Callable, Dict, NamedTuple, Optional, Tuple
 
 import torch
 from mmengine.logging import print_log
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .ops import eager, lean
+from .ops import deploy, eager, lean
 
 
 class Implementation(NamedTuple):
@@ -114,6 +114,8 @@ class Block(nn.Module):
         self.drop_path = drop_path
         self.with_cp = with_cp
         self.impl = impl
+        self.deployed = False
+        self._packed = (None, None)  # what of, and the packed weights
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) to (N, C, H, W)."""
@@ -129,8 +131,56 @@ class Block(nn.Module):
                 preserve_rng_state=False)
         return self._run(x, drop_scale)
 
+    @torch.no_grad()
+    def switch_to_deploy(self) -> None:
+        """Folds what :mod:`convnext_mm.ops.deploy` says into the pointwise
+        layers; the folded parameters stay, as 1 and 0. For inference."""
+        for parameter, value in zip(
+            (self.pwconv1.weight, self.pwconv1.bias, self.pwconv2.weight,
+             self.pwconv2.bias), self._folded()):
+            parameter.copy_(value)
+        self.norm.weight.fill_(1)
+        self.norm.bias.zero_()
+        if self.gamma is not None:
+            self.gamma.fill_(1)
+        if self.grn is not None:
+            self.grn.beta.zero_()
+        self.deployed = True
+
+    def _folded(self) -> Tuple[Tensor, ...]:
+        return deploy.fold(self.norm.weight, self.norm.bias,
+                           self.pwconv1.weight, self.pwconv1.bias,
+                           self.pwconv2.weight, self.pwconv2.bias, self.gamma,
+                           self.grn.beta if self.grn is not None else None)
+
+    def _run_deployed(self, x: Tensor) -> Tensor:
+        dtype = lean.compute_dtype(x)
+        # Loading or moving weights must not leave an old copy in use.
+        source = (dtype, *((p.device, p.data_ptr(),
+                            0 if p.is_inference() else p._version)
+                           for p in self.parameters()))
+        if self._packed[0] != source:
+            self._packed = source, deploy.pack(
+                self.dwconv.weight, self.dwconv.bias, self._folded(),
+                self.grn.gamma if self.grn is not None else None, dtype)
+        return deploy.block(
+            x,
+            self._packed[1],
+            lean.out_dtype(x, self.gamma, dtype),
+            eps=self.norm.eps,
+            dilation=self.dwconv.dilation[0])
+
+    def __getstate__(self) -> dict:
+        # Reordered weights can be neither copied nor pickled.
+        return {**super().__getstate__(), '_packed': (None, None)}
+
     def _run(self, x: Tensor, drop_scale: Optional[Tensor]) -> Tensor:
-        return select_impl(self.impl, x).block(
+        implementation = select_impl(self.impl, x)
+        if (self.deployed and implementation.block is not eager.block
+                and not torch.is_grad_enabled()
+                and not torch.compiler.is_compiling()):
+            return self._run_deployed(x)
+        return implementation.block(
             x,
             self.dwconv.weight,
             self.dwconv.bias,

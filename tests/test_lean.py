@@ -13,10 +13,16 @@ from convnext_mm.block import IMPL_NAMES, IMPLEMENTATIONS, Block, select_impl
 from convnext_mm.ops import eager, lean
 
 SMALL = dict(depths=[1, 2, 3, 1], channels=[8, 16, 24, 32])
+
 LEAN = [name for name in IMPLEMENTATIONS if name != 'eager']
 NAMES = ('x', 'dwconv_weight', 'dwconv_bias', 'norm_weight', 'norm_bias',
          'pwconv1_weight', 'pwconv1_bias', 'pwconv2_weight', 'pwconv2_bias',
          'gamma', 'grn_gamma', 'grn_beta')
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(lean, 'CHUNK_ROWS', 512 // torch.get_num_threads())
 
 
 def arguments(channels=24, size=(9, 11), samples=3, version=1, scale=1.,

@@ -36,10 +36,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-# Pixels of a CPU chunk, for each thread: a few chunks of (512, 4 C) fit in a
-# core's second-level cache at C = 96, and products of 512 rows run at full
-# speed.
-CHUNK_ROWS = 512
+# Pixels of a CPU chunk, for each thread. Fewer keep more in the caches, but
+# oneDNN reorders the weights for each product: 1024 to 4096 were equally fast.
+CHUNK_ROWS = 2048
 # The largest output gradient that is used as one convolution kernel; larger
 # maps are walked over in tiles of it.
 TILE = (64, 32)
@@ -83,13 +82,13 @@ def block(x: Tensor,
             and any(t is not None and t.requires_grad for t in tensors)):
         keep = KEEP_NOTHING
     return _forward_op(*tensors, drop_scale, eps, dilation,
-                       _compute_dtype(x), keep)[0]
+                       compute_dtype(x), keep)[0]
 
 
 block_plus = functools.partial(block, keep=KEEP_MAPS)
 
 
-def _compute_dtype(x: Tensor) -> torch.dtype:
+def compute_dtype(x: Tensor) -> torch.dtype:
     """What matrix products and convolutions of ``x`` run in."""
     device = x.device.type
     # Autocast leaves fp64 alone, and a device may not know autocast.
@@ -104,22 +103,22 @@ def _stat_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _out_dtype(x: Tensor, gamma: Optional[Tensor],
-               dtype: torch.dtype) -> torch.dtype:
+def out_dtype(x: Tensor, gamma: Optional[Tensor],
+              dtype: torch.dtype) -> torch.dtype:
     """Eager's: layer scale and the input, in fp32 under autocast, promote."""
     if gamma is not None:
         dtype = torch.promote_types(dtype, gamma.dtype)
     return torch.promote_types(x.dtype, dtype)
 
 
-def _memory_format(x: Tensor) -> torch.memory_format:
+def memory_format(x: Tensor) -> torch.memory_format:
     """Of the output: that of ``x``; channels-last where ``x`` has neither."""
     cl = torch.channels_last
     plain = x.is_contiguous() and not x.is_contiguous(memory_format=cl)
     return torch.contiguous_format if plain else cl
 
 
-def _rows(x: Tensor) -> Tensor:
+def rows(x: Tensor) -> Tensor:
     """(N, C, H, W) to (N, H * W, C), a view of the two common layouts."""
     return x.permute(0, 2, 3, 1).flatten(1, 2)
 
@@ -143,7 +142,7 @@ def _chunks(x: Tensor, whole_samples: bool) -> Iterator[Tuple[slice, slice]]:
             yield slice(n, n + step), slice(None)
 
 
-def _onednn(x: Tensor) -> bool:
+def onednn(x: Tensor) -> bool:
     """Whether oneDNN's own operators take over from PyTorch's choice."""
     return (x.device.type == 'cpu' and x.numel() > 0
             and torch.backends.mkldnn.is_available()
@@ -155,10 +154,10 @@ def _linear(x: Tensor, weight: Tensor, bias: Optional[Tensor] = None,
     """(..., K) and (M, K) to (..., M), then GELU if asked for.
 
     PyTorch gives fp32 products to MKL, which is 2 to 3 times slower than
-    oneDNN on CPUs of another maker, and as fast on its maker's.
+    oneDNN on CPUs of another maker. ``weight`` may be reordered for oneDNN.
     """
-    if (x.dtype == torch.float32 and _onednn(x)
-            and hasattr(torch.ops.mkldnn, '_linear_pointwise')):
+    if weight.is_mkldnn or (x.dtype == torch.float32 and onednn(x) and
+                            hasattr(torch.ops.mkldnn, '_linear_pointwise')):
         return torch.ops.mkldnn._linear_pointwise(
             x, weight, bias, 'gelu' if gelu else 'none', [],
             'none' if gelu else '')
@@ -166,12 +165,13 @@ def _linear(x: Tensor, weight: Tensor, bias: Optional[Tensor] = None,
     return F.gelu(x) if gelu else x
 
 
-def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor,
+def _layer_norm(x: Tensor, weight: Optional[Tensor], bias: Optional[Tensor],
                 eps: float) -> Tuple[Tensor, Tensor, Tensor]:
     """LayerNorm over the last dimension; mean and 1 / std in fp32 at least."""
-    stat = _stat_dtype(x.dtype)
-    return torch.native_layer_norm(x, x.shape[-1:], weight.to(stat),
-                                   bias.to(stat), eps)
+    if weight is not None:
+        stat = _stat_dtype(x.dtype)
+        weight, bias = weight.to(stat), bias.to(stat)
+    return torch.native_layer_norm(x, x.shape[-1:], weight, bias, eps)
 
 
 def _grn_scale(h: Tensor, grn_gamma: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
@@ -219,17 +219,17 @@ def _forward_op(
     """
     with torch.autocast(x.device.type, enabled=False):
         cast = x.to(dtype)
-        maps = _depthwise(cast, dwconv_weight.to(dtype),
-                          dwconv_bias.to(dtype), dilation)
+        maps = depthwise(cast, dwconv_weight.to(dtype),
+                         dwconv_bias.to(dtype), dilation)
         out = torch.empty_like(
-            x, dtype=_out_dtype(x, gamma, dtype),
-            memory_format=_memory_format(x))
+            x, dtype=out_dtype(x, gamma, dtype),
+            memory_format=memory_format(x))
         weights = [
             t.to(dtype) for t in (pwconv1_weight, pwconv1_bias,
                                   pwconv2_weight, pwconv2_bias)
         ]
-        hidden = _pointwise(
-            _rows(x), _rows(maps), _rows(out), norm_weight, norm_bias,
+        hidden = pointwise(
+            rows(x), rows(maps), rows(out), norm_weight, norm_bias,
             *weights, _residual_scale(gamma, drop_scale), grn_gamma, grn_beta,
             eps, keep == KEEP_ALL)
         empty = x.new_empty(0)
@@ -239,8 +239,8 @@ def _forward_op(
                 empty.clone() if hidden is None else hidden)
 
 
-def _depthwise(x: Tensor, weight: Tensor, bias: Optional[Tensor],
-               dilation: int) -> Tensor:
+def depthwise(x: Tensor, weight: Tensor, bias: Optional[Tensor],
+              dilation: int) -> Tensor:
     """The depthwise convolution, in channels-last strides."""
     x = F.conv2d(
         x,
@@ -252,16 +252,19 @@ def _depthwise(x: Tensor, weight: Tensor, bias: Optional[Tensor],
     return x.contiguous(memory_format=torch.channels_last)
 
 
-def _pointwise(x: Tensor, maps: Tensor, out: Tensor, norm_weight: Tensor,
-               norm_bias: Tensor, w1: Tensor, b1: Tensor, w2: Tensor,
-               b2: Tensor, scale: Optional[Tensor],
-               grn_gamma: Optional[Tensor], grn_beta: Optional[Tensor],
-               eps: float, keep_hidden: bool) -> Optional[Tensor]:
+def pointwise(x: Tensor, maps: Tensor, out: Tensor,
+              norm_weight: Optional[Tensor], norm_bias: Optional[Tensor],
+              w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor,
+              scale: Optional[Tensor], grn_gamma: Optional[Tensor],
+              grn_beta: Optional[Tensor], eps: float,
+              keep_hidden: bool) -> Optional[Tensor]:
     """All after the depthwise convolution, written into ``out``.
 
     Args:
         x, maps, out: (N, P, C), the block's input, the depthwise output and
             the block's output.
+        norm_weight, norm_bias: (C,), LayerNorm's, or None for 1 and 0.
+        w1, b1, w2, b2: In the dtype of ``maps``.
         scale: Of the residual branch, (N or 1, 1, C or 1).
 
     Returns:
@@ -296,8 +299,8 @@ def _(x, dwconv_weight, dwconv_bias, norm_weight, norm_bias, pwconv1_weight,
       pwconv1_bias, pwconv2_weight, pwconv2_bias, gamma, grn_gamma, grn_beta,
       drop_scale, eps, dilation, dtype, keep):
     n, _, h, w = x.shape
-    out = torch.empty_like(x, dtype=_out_dtype(x, gamma, dtype),
-                           memory_format=_memory_format(x))
+    out = torch.empty_like(x, dtype=out_dtype(x, gamma, dtype),
+                           memory_format=memory_format(x))
     cast = torch.empty_like(x, dtype=dtype)
     maps = torch.empty_like(cast, memory_format=torch.channels_last)
     hidden = cast.new_empty(n, h * w, len(pwconv1_weight))
@@ -361,16 +364,16 @@ def _backward_op(
         grads: List[Optional[Tensor]] = [None] * 12
         grad_maps = torch.empty_like(maps)
         grads[3:] = _pointwise_backward(
-            _rows(grad_out), _rows(maps), hidden, _rows(grad_maps),
+            rows(grad_out), rows(maps), hidden, rows(grad_maps),
             norm_weight, norm_bias, pwconv1_weight, pwconv1_bias,
             pwconv2_weight, pwconv2_bias, gamma, grn_gamma, grn_beta,
             drop_scale, eps, needs[3:])
         if needs[0]:
             # Same padding, stride 1: the gradient is the same convolution
             # with the kernel turned round.
-            grad = _depthwise(grad_maps,
-                              dwconv_weight.to(maps.dtype).flip(2, 3), None,
-                              dilation)
+            grad = depthwise(grad_maps,
+                             dwconv_weight.to(maps.dtype).flip(2, 3), None,
+                             dilation)
             if grad.dtype == grad_out.dtype == x_dtype:
                 grads[0] = grad.add_(grad_out)
             else:
@@ -411,7 +414,7 @@ def _pointwise_backward(
         gamma: Optional[Tensor], grn_gamma: Optional[Tensor],
         grn_beta: Optional[Tensor], drop_scale: Optional[Tensor], eps: float,
         needs: Sequence[bool]) -> List[Optional[Tensor]]:
-    """Backward of :func:`_pointwise`; writes into ``grad_maps``.
+    """Backward of :func:`pointwise`; writes into ``grad_maps``.
 
     Returns:
         Gradients of LayerNorm's weight and bias, W1, b1, W2, b2, gamma and
@@ -508,7 +511,7 @@ def _row_dot(a: Tensor, b: Tensor) -> Tensor:
 def _product(a: Tensor, b: Tensor) -> Tensor:
     """``sum_rows a^T b``: (..., A) and (..., B), contiguous, to (A, B)."""
     a, b = a.flatten(0, -2), b.flatten(0, -2)
-    if a.dtype == torch.float32 and _onednn(a):
+    if a.dtype == torch.float32 and onednn(a):
         return _linear(a.t(), b.t())
     return torch.mm(a.t(), b)
 
@@ -545,7 +548,7 @@ def _depthwise_weight_grad(x: Tensor, grad: Tensor, weight: Tensor,
     """
     channels, _, size, _ = weight.shape
     pad = dilation * (size // 2)
-    if x.dtype == torch.float64 or not _onednn(x):
+    if x.dtype == torch.float64 or not onednn(x):
         return torch.ops.aten.convolution_backward(
             grad, x, weight.to(x.dtype), None, [1, 1], [pad, pad],
             [dilation, dilation], False, [0, 0], channels,
@@ -618,7 +621,7 @@ def downsample(x: Tensor,
         RuntimeError: In a second differentiation of the gradients.
     """
     return _downsample_op(x, norm_weight, norm_bias, conv_weight, conv_bias,
-                          eps, stride, padding, dilation, _compute_dtype(x))
+                          eps, stride, padding, dilation, compute_dtype(x))
 
 
 @torch.library.custom_op('convnext_mm::lean_downsample', mutates_args=())
