@@ -8,7 +8,12 @@ except ModuleNotFoundError as error:
         'onedl-mmengine`') from error
 
 from .backbone import ConvNeXt
+from .checkpoint import (CheckpointError, convert_state_dict,
+                         load_checkpoint)
 from .layer_decay import LayerDecayOptimWrapperConstructor
 from .version import __version__
 
-__all__ = ['ConvNeXt', 'LayerDecayOptimWrapperConstructor', '__version__']
+__all__ = [
+    'CheckpointError', 'ConvNeXt', 'LayerDecayOptimWrapperConstructor',
+    '__version__', 'convert_state_dict', 'load_checkpoint'
+]

@@ -12,7 +12,8 @@ from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.device import get_device
 from mmengine.logging import print_log
 from mmengine.registry import RUNNERS
-from mmengine.runner import Runner
+
+from .runner import Runner, use_safe_loading
 
 AMP_DEVICES = ('cuda', 'npu', 'mlu', 'musa')  # AmpOptimWrapper refuses others
 LAUNCHERS = ('none', 'pytorch', 'slurm', 'mpi')
@@ -215,6 +216,7 @@ def build_runner(cfg: Config) -> Runner:
     if cfg.launcher == 'pytorch' and get_device() == 'cpu':
         # MMEngine's start of a process group selects a CUDA device.
         torch.distributed.init_process_group('gloo')
+    use_safe_loading()
     if 'runner_type' in cfg:
         return RUNNERS.build(cfg)
     return Runner.from_cfg(cfg)

@@ -4,7 +4,7 @@ import os.path as osp
 
 from mmengine.evaluator import DumpResults
 
-from convnext_mm import ConvNeXt
+from convnext_mm import CheckpointError, ConvNeXt
 from convnext_mm.launch import (add_common_arguments, build_runner, check_data,
                                 fit_to_device, load_config)
 
@@ -86,9 +86,12 @@ def main(argv=None) -> None:
     runner = build_runner(cfg)
     if args.out:
         runner.test_evaluator.metrics.append(DumpResults(args.out))
-    if args.deploy:
-        switch_to_deploy(runner)
-    runner.test()
+    try:
+        if args.deploy:
+            switch_to_deploy(runner)
+        runner.test()
+    except CheckpointError as error:
+        raise SystemExit(f'error: {error}')
 
 
 if __name__ == '__main__':

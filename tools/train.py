@@ -3,6 +3,7 @@ the config's default_scope says. On a machine without a GPU it uses the CPU."""
 import argparse
 import os.path as osp
 
+from convnext_mm import CheckpointError
 from convnext_mm.launch import (add_common_arguments, build_runner, check_data,
                                 fit_to_device, load_config)
 
@@ -64,7 +65,10 @@ def main(argv=None) -> None:
         cfg = prepare(args)
     except ValueError as error:
         raise SystemExit(f'error: {error}')
-    build_runner(cfg).train()
+    try:
+        build_runner(cfg).train()
+    except CheckpointError as error:
+        raise SystemExit(f'error: {error}')
 
 
 if __name__ == '__main__':
