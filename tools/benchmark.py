@@ -29,7 +29,7 @@ from convnext_mm import ConvNeXt, convert_state_dict
 from convnext_mm.archs import ARCHS
 
 PEERS = ('paper', 'mmpretrain', 'timm', 'torchvision', 'transformers')
-OURS = ('eager', 'lean', 'lean+')
+OURS = ('eager', 'lean', 'lean+', 'deploy')
 MODES = ('infer', 'train', 'memory')
 DTYPES = ('fp32', 'amp', 'bf16')  # amp: bf16 autocast of fp32 weights
 # The fewest values moved per channel, pixel and block (docs/performance.md).
@@ -140,11 +140,11 @@ def build(args: argparse.Namespace) -> Dict[str, nn.Module]:
         if name in PEERS:
             networks[name] = build_peer(name, args.arch, model)
             continue
-        impl = name.removesuffix('+deploy')
-        networks[name] = ConvNeXt(args.arch, impl=impl,
-                                  layer_scale_init_value=0.1)
+        networks[name] = ConvNeXt(
+            args.arch, impl='lean' if name == 'deploy' else name,
+            layer_scale_init_value=0.1)
         networks[name].load_state_dict(model.state_dict())
-        if name.endswith('+deploy'):
+        if name == 'deploy':
             networks[name].switch_to_deploy()
     for name in [n for n in networks if n in args.compile]:
         networks[name + ' compiled'] = torch.compile(
@@ -329,10 +329,10 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser.add_argument('--size', type=int, nargs=2, default=(256, 256),
                         metavar=('H', 'W'))
     parser.add_argument(
-        '--networks', nargs='+', default=[*PEERS, *OURS, 'lean+deploy'],
-        choices=[*PEERS, *OURS, 'lean+deploy'],
-        help="default: all; 'lean+deploy' is 'lean' after switch_to_deploy(), "
-        'and takes part in inference only')
+        '--networks', nargs='+', default=[*PEERS, *OURS],
+        choices=[*PEERS, *OURS],
+        help="default: all; 'deploy' is 'lean' after switch_to_deploy(), and "
+        'takes part in inference only')
     parser.add_argument('--compile', nargs='+', default=[], metavar='NETWORK',
                         help='networks to add compiled for fixed shapes')
     parser.add_argument('--rounds', type=int, default=5)
@@ -361,7 +361,8 @@ def main(argv=None) -> None:
     for dtype in args.dtype:
         if dtype == 'bf16':
             networks = {n: m.bfloat16() for n, m in networks.items()}
-        trained = {n: m for n, m in networks.items() if 'deploy' not in n}
+        trained = {n: m for n, m in networks.items()
+                   if not n.startswith('deploy')}
         for mode in args.mode:
             if mode == 'memory':
                 rows += [
