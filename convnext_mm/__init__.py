@@ -10,10 +10,12 @@ except ModuleNotFoundError as error:
 from .backbone import ConvNeXt
 from .checkpoint import (CheckpointError, convert_state_dict,
                          load_checkpoint)
+from .classifier_init import ReleasedClassifierInit
 from .layer_decay import LayerDecayOptimWrapperConstructor
 from .version import __version__
 
 __all__ = [
     'CheckpointError', 'ConvNeXt', 'LayerDecayOptimWrapperConstructor',
-    '__version__', 'convert_state_dict', 'load_checkpoint'
+    'ReleasedClassifierInit', '__version__', 'convert_state_dict',
+    'load_checkpoint'
 ]

@@ -25,6 +25,12 @@ DATA_SOURCES = {
     'ADE20KDataset':
     'ADE20K (SceneParsing, 2016) is at '
     'http://sceneparsing.csail.mit.edu: unpack it into data/ade',
+    'ImageNet':
+    'ImageNet-1K (ILSVRC 2012) is at https://image-net.org: put its folders '
+    'of classes into data/imagenet/train and data/imagenet/val',
+    'ImageNet21k':
+    'ImageNet-22K is at https://image-net.org: put its folders of classes into '
+    'data/imagenet22k/train',
 }
 
 
@@ -201,6 +207,10 @@ def _local_paths(dataset: ConfigDict) -> Iterator[Tuple[str, Path]]:
     if dataset.get('backend_args'):  # not a local disk
         return
     prefixes = dataset.get('data_prefix') or {}
+    if isinstance(prefixes, str):  # MMPretrain's data sets
+        prefixes = dict(img_path=prefixes)
+    if not prefixes and 'split' in dataset:  # its ImageNet: a folder per split
+        prefixes = dict(img_path=dataset.split)
     settings: Dict[str, str] = {'ann_file': dataset.get('ann_file')}
     settings.update((f'data_prefix.{key}', value)
                     for key, value in prefixes.items())
