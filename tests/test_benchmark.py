@@ -35,7 +35,7 @@ def run(path, *arguments):
 
 def test_results_and_plot(tmp_path, threads):
     path = tmp_path / 'result.json'
-    result = run(path, '--networks', 'paper', 'eager', 'lean', 'deploy')
+    result = run(path, '--networks', 'paper', 'eager', 'lean', 'lean+deploy')
     assert result['command'].startswith('python tools/benchmark.py --arch')
     assert result['machine']['threads'] == 1
     assert torch.__version__.startswith(result['versions']['torch'])

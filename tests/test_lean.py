@@ -419,7 +419,7 @@ def test_flops_are_counted(use_grn):
     assert 1.9 < counts['lean'][1] / counts['lean'][0] <= 2
 
 
-def test_auto_and_override(monkeypatch, caplog):
+def test_auto_and_override(monkeypatch):
     x = torch.rand(1, 8, 4, 4)
     assert select_impl('auto', x) is IMPLEMENTATIONS['lean']
     assert set(IMPL_NAMES) == {'auto', *IMPLEMENTATIONS}

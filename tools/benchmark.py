@@ -29,7 +29,7 @@ from convnext_mm import ConvNeXt, convert_state_dict
 from convnext_mm.archs import ARCHS
 
 PEERS = ('paper', 'mmpretrain', 'timm', 'torchvision', 'transformers')
-OURS = ('eager', 'lean', 'lean+', 'deploy')
+OURS = ('eager', 'lean', 'lean+', 'lean+deploy')
 MODES = ('infer', 'train', 'memory')
 DTYPES = ('fp32', 'amp', 'bf16')  # amp: bf16 autocast of fp32 weights
 # The fewest values moved per channel, pixel and block (docs/performance.md).
@@ -141,10 +141,10 @@ def build(args: argparse.Namespace) -> Dict[str, nn.Module]:
             networks[name] = build_peer(name, args.arch, model)
             continue
         networks[name] = ConvNeXt(
-            args.arch, impl='lean' if name == 'deploy' else name,
+            args.arch, impl=name.removesuffix('+deploy'),
             layer_scale_init_value=0.1)
         networks[name].load_state_dict(model.state_dict())
-        if name == 'deploy':
+        if name.endswith('+deploy'):
             networks[name].switch_to_deploy()
     for name in [n for n in networks if n in args.compile]:
         networks[name + ' compiled'] = torch.compile(
@@ -331,8 +331,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser.add_argument(
         '--networks', nargs='+', default=[*PEERS, *OURS],
         choices=[*PEERS, *OURS],
-        help="default: all; 'deploy' is 'lean' after switch_to_deploy(), and "
-        'takes part in inference only')
+        help="default: all; 'lean+deploy' is 'lean' after switch_to_deploy(), "
+        'and takes part in inference only')
     parser.add_argument('--compile', nargs='+', default=[], metavar='NETWORK',
                         help='networks to add compiled for fixed shapes')
     parser.add_argument('--rounds', type=int, default=5)
@@ -362,7 +362,7 @@ def main(argv=None) -> None:
         if dtype == 'bf16':
             networks = {n: m.bfloat16() for n, m in networks.items()}
         trained = {n: m for n, m in networks.items()
-                   if not n.startswith('deploy')}
+                   if '+deploy' not in n}
         for mode in args.mode:
             if mode == 'memory':
                 rows += [

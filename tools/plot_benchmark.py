@@ -18,7 +18,7 @@ DTYPE_NAMES = dict(fp32='fp32', amp='bf16 autocast', bf16='bf16')
 
 
 def is_ours(network: str) -> bool:
-    return network.startswith(('eager', 'lean', 'deploy'))
+    return network.startswith(('eager', 'lean'))
 
 
 def read_panels(paths: List[str]) -> Dict[Tuple[str, str, str], List[dict]]:

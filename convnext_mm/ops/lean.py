@@ -153,8 +153,8 @@ def _linear(x: Tensor, weight: Tensor, bias: Optional[Tensor] = None,
             gelu: bool = False) -> Tensor:
     """(..., K) and (M, K) to (..., M), then GELU if asked for.
 
-    PyTorch gives fp32 products to MKL, which is 2 to 3 times slower than
-    oneDNN on CPUs of another maker. ``weight`` may be reordered for oneDNN.
+    PyTorch gives fp32 products to MKL, which is much slower than oneDNN on
+    CPUs of another maker than its own. ``weight`` may be reordered for oneDNN.
     """
     if weight.is_mkldnn or (x.dtype == torch.float32 and onednn(x) and
                             hasattr(torch.ops.mkldnn, '_linear_pointwise')):
@@ -540,7 +540,7 @@ def _depthwise_weight_grad(x: Tensor, grad: Tensor, weight: Tensor,
                            dilation: int) -> Tensor:
     """(C, 1, K, K) gradient of the depthwise weight, of (N, C, H, W) maps.
 
-    On a CPU oneDNN's own weight gradient needs 5 to 100 times what the
+    On a CPU oneDNN's own weight gradient can need a hundred times what the
     forward convolution takes. But the gradient is itself a depthwise
     convolution, ``dw[c, i, j] = sum_hw x[c, h + i d, w + j d] grad[c, h, w]``,
     of the padded input with the output's gradient as kernel, K x K outputs
