@@ -9,7 +9,7 @@ from mmengine.model import BaseModule
 from torch import Tensor, nn
 
 from .archs import ARCHS, Arch
-from .block import IMPL_NAMES, Block
+from .block import IMPL_NAMES, Block, Downsample
 from .checkpoint.load import convert_in_place, use_safe_loader
 from .layer_id import default_num_layers, get_layer_id
 from .registry import MODELS, register
@@ -66,8 +66,12 @@ class ConvNeXt(BaseModule):
         gap_before_final_norm: Emit (N, C_i), pooled and then normalised, for
             classifiers.
         with_cp: Recompute blocks in backward: less memory, more time.
-        impl: What computes a block: ``'auto'`` or ``'eager'``. Neither weights
-            nor outputs depend on it.
+        impl: What computes the blocks; neither weights nor outputs depend on
+            it. ``'eager'``: plain PyTorch. ``'lean'``: a backward of its own
+            that stores less than half. ``'lean+'``: one that stores least and
+            recomputes a matrix product. ``'auto'``: the best that device,
+            dtype and shape allow. ``CONVNEXT_MM_IMPL`` in the environment
+            overrides it.
         allow_partial: Load what fits of a checkpoint, with a warning. By
             default one that lacks a parameter of stem, downsampling layers or
             stages, or has it in another shape, is an error.
@@ -130,6 +134,7 @@ class ConvNeXt(BaseModule):
                                       NUM_STAGES)
         self.gap_before_final_norm = gap_before_final_norm
         self.allow_partial = allow_partial
+        self.deployed = False
         if _integer('kernel_size', kernel_size, 1) % 2 == 0:
             raise ValueError(
                 f'kernel_size must be odd (3, 5, 7, ...), got {kernel_size}')
@@ -156,13 +161,16 @@ class ConvNeXt(BaseModule):
         for i in range(self.out_indices[-1] + 1):
             width = self.channels[i]
             if i == 0:  # the stem
-                layers = (nn.Conv2d(self.in_channels, width, stem_patch_size,
-                                    stem_patch_size),
-                          LayerNorm2d(width, eps=norm_eps))
+                layer = nn.Sequential(
+                    nn.Conv2d(self.in_channels, width, stem_patch_size,
+                              stem_patch_size),
+                    LayerNorm2d(width, eps=norm_eps))
             else:
-                layers = (LayerNorm2d(self.channels[i - 1], eps=norm_eps),
-                          nn.Conv2d(self.channels[i - 1], width, 2, 2))
-            self.downsample_layers.append(nn.Sequential(*layers))
+                layer = Downsample(
+                    LayerNorm2d(self.channels[i - 1], eps=norm_eps),
+                    nn.Conv2d(self.channels[i - 1], width, 2, 2),
+                    impl=impl)
+            self.downsample_layers.append(layer)
             self.stages.append(
                 nn.Sequential(*(Block(
                     width,
@@ -230,8 +238,36 @@ class ConvNeXt(BaseModule):
         convert_in_place(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
+    def switch_to_deploy(self) -> 'ConvNeXt':
+        """Freezes the weights for inference and makes it faster.
+
+        LayerNorm's affine and layer scale of every block (GRN's beta in V2)
+        are folded into the pointwise layers, see
+        :mod:`convnext_mm.ops.deploy`; outputs stay but for rounding. State-dict
+        keys stay too: what was folded is 1 or 0. Under ``torch.no_grad()``
+        weights are then cast once, not for every call. Twice is as once.
+
+        Returns:
+            The module, in evaluation mode, with no parameter to train.
+        """
+        self.eval()
+        self.requires_grad_(False)
+        for module in self.modules():
+            if isinstance(module, Block):
+                module.switch_to_deploy()
+        self.deployed = True
+        return self
+
     def train(self, mode: bool = True) -> 'ConvNeXt':
-        """Sets the mode; frozen stages stay in evaluation mode."""
+        """Sets the mode; frozen stages stay in evaluation mode.
+
+        Raises:
+            RuntimeError: Training mode after :meth:`switch_to_deploy`.
+        """
+        if mode and self.deployed:
+            raise RuntimeError(
+                'after switch_to_deploy() a ConvNeXt is for inference only; '
+                'build it again and load its checkpoint to train it')
         super().train(mode)
         self._freeze()
         return self

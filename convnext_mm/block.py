@@ -1,23 +1,67 @@
 """One ConvNeXt block: its parameters, and the place that picks what runs it."""
-from typing import Callable, Dict, Optional
+import functools
+import os
+from typing import Callable, Dict, NamedTuple, Optional, Tuple
 
 import torch
+from mmengine.logging import print_log
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .ops import eager
+from .ops import deploy, eager, lean
 
-IMPLEMENTATIONS: Dict[str, Callable[..., Tensor]] = {'eager': eager.block}
+
+class Implementation(NamedTuple):
+    """Functions with the signatures of those of :mod:`.ops.eager`."""
+    block: Callable[..., Tensor]
+    downsample: Callable[..., Tensor]
+
+
+IMPLEMENTATIONS: Dict[str, Implementation] = {
+    'eager': Implementation(eager.block, eager.downsample),
+    'lean': Implementation(lean.block, lean.downsample),
+    'lean+': Implementation(lean.block_plus, lean.downsample)
+}
 IMPL_NAMES = ('auto', *IMPLEMENTATIONS)
+IMPL_VARIABLE = 'CONVNEXT_MM_IMPL'  # overrides every impl, for debugging
 
 
-def select_impl(impl: str, x: Tensor) -> Callable[..., Tensor]:
-    """The block function for a requested ``impl`` and an input.
+def select_impl(impl: str, x: Tensor) -> Implementation:
+    """The functions for a requested ``impl`` and an input.
 
     ``'auto'`` is the best that the device, dtype and shape of ``x`` allow; it
-    never fails.
+    never fails. The environment variable ``CONVNEXT_MM_IMPL`` overrides
+    ``impl``. What runs is logged when it is first picked.
+
+    Raises:
+        ValueError: ``CONVNEXT_MM_IMPL`` or ``impl`` is no known name.
     """
-    return IMPLEMENTATIONS['eager' if impl == 'auto' else impl]
+    source = 'impl'
+    if os.environ.get(IMPL_VARIABLE):
+        source, impl = IMPL_VARIABLE, os.environ[IMPL_VARIABLE]
+    if impl not in IMPL_NAMES:
+        raise ValueError(f'unknown {source} {impl!r}; one of {IMPL_NAMES}')
+    name = impl
+    if impl == 'auto':
+        # Measured on CPUs so far: elsewhere plain PyTorch, until a run there
+        # has shown that another one is right and faster. Tracers (exporters,
+        # FLOP counters) know PyTorch's operators only.
+        plain = x.device.type != 'cpu' or torch.jit.is_tracing()
+        name = 'eager' if plain or _is_exporting() else 'lean'
+    if not torch.compiler.is_compiling():
+        _log_choice(source, impl, name, x.device.type)
+    return IMPLEMENTATIONS[name]
+
+
+def _is_exporting() -> bool:
+    # Older PyTorch cannot tell.
+    return getattr(torch.compiler, 'is_exporting', lambda: False)()
+
+
+@functools.lru_cache(maxsize=None)  # once for each choice
+def _log_choice(source: str, impl: str, name: str, device: str) -> None:
+    print_log(f'ConvNeXt blocks on {device}: {name!r} ({source}={impl!r})',
+              'current')
 
 
 class GRN(nn.Module):
@@ -78,6 +122,8 @@ class Block(nn.Module):
         self.drop_path = drop_path
         self.with_cp = with_cp
         self.impl = impl
+        self.deployed = False
+        self._packed = (None, None)  # what of, and the packed weights
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) to (N, C, H, W)."""
@@ -93,8 +139,56 @@ class Block(nn.Module):
                 preserve_rng_state=False)
         return self._run(x, drop_scale)
 
+    @torch.no_grad()
+    def switch_to_deploy(self) -> None:
+        """Folds what :mod:`convnext_mm.ops.deploy` says into the pointwise
+        layers; the folded parameters stay, as 1 and 0. For inference."""
+        for parameter, value in zip(
+            (self.pwconv1.weight, self.pwconv1.bias, self.pwconv2.weight,
+             self.pwconv2.bias), self._folded()):
+            parameter.copy_(value)
+        self.norm.weight.fill_(1)
+        self.norm.bias.zero_()
+        if self.gamma is not None:
+            self.gamma.fill_(1)
+        if self.grn is not None:
+            self.grn.beta.zero_()
+        self.deployed = True
+
+    def _folded(self) -> Tuple[Tensor, ...]:
+        return deploy.fold(self.norm.weight, self.norm.bias,
+                           self.pwconv1.weight, self.pwconv1.bias,
+                           self.pwconv2.weight, self.pwconv2.bias, self.gamma,
+                           self.grn.beta if self.grn is not None else None)
+
+    def _run_deployed(self, x: Tensor) -> Tensor:
+        dtype = lean.compute_dtype(x)
+        # Loading or moving weights must not leave an old copy in use.
+        source = (dtype, *((p.device, p.data_ptr(),
+                            0 if p.is_inference() else p._version)
+                           for p in self.parameters()))
+        if self._packed[0] != source:
+            self._packed = source, deploy.pack(
+                self.dwconv.weight, self.dwconv.bias, self._folded(),
+                self.grn.gamma if self.grn is not None else None, dtype)
+        return deploy.block(
+            x,
+            self._packed[1],
+            lean.out_dtype(x, self.gamma, dtype),
+            eps=self.norm.eps,
+            dilation=self.dwconv.dilation[0])
+
+    def __getstate__(self) -> dict:
+        # Reordered weights can be neither copied nor pickled.
+        return {**super().__getstate__(), '_packed': (None, None)}
+
     def _run(self, x: Tensor, drop_scale: Optional[Tensor]) -> Tensor:
-        return select_impl(self.impl, x)(
+        implementation = select_impl(self.impl, x)
+        if (self.deployed and implementation.block is not eager.block
+                and not torch.is_grad_enabled()
+                and not torch.compiler.is_compiling()):
+            return self._run_deployed(x)
+        return implementation.block(
             x,
             self.dwconv.weight,
             self.dwconv.bias,
@@ -121,3 +215,37 @@ class Block(nn.Module):
     def extra_repr(self) -> str:
         return (f'drop_path={self.drop_path:.3g}, with_cp={self.with_cp}, '
                 f'impl={self.impl!r}')
+
+
+class Downsample(nn.Sequential):
+    """The layer before a stage but the first: LayerNorm, then a convolution.
+
+    Like :class:`Block` it holds parameters under the published names, and
+    calls no hooks on its submodules.
+
+    Args:
+        norm: LayerNorm over the channels of (N, C, H, W).
+        conv: The convolution.
+        impl: ``'auto'`` or one implementation's name.
+    """
+
+    def __init__(self, norm: nn.LayerNorm, conv: nn.Conv2d,
+                 impl: str = 'auto') -> None:
+        super().__init__(norm, conv)
+        self.impl = impl
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) to (N, D, H / 2, W / 2) at the usual stride."""
+        norm, conv = self
+        if type(conv) is not nn.Conv2d:  # it does more than convolve
+            return super().forward(x)
+        return select_impl(self.impl, x).downsample(
+            x,
+            norm.weight,
+            norm.bias,
+            conv.weight,
+            conv.bias,
+            eps=norm.eps,
+            stride=conv.stride,
+            padding=conv.padding,
+            dilation=conv.dilation)

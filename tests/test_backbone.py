@@ -11,6 +11,7 @@ import torch
 
 from convnext_mm import ConvNeXt
 from convnext_mm.backbone import ARCHS, LayerNorm2d
+from convnext_mm.block import IMPL_NAMES, Block, Downsample
 from convnext_mm.ops.eager import grn
 
 SMALL = dict(depths=[1, 2, 3, 1], channels=[8, 16, 24, 32])
@@ -22,13 +23,14 @@ PUBLISHED_V2 = dict(
     huge=660)
 
 
-def golden(data_dir, version):
+def golden(data_dir, version, **settings):
     arrays = np.load(data_dir / f'golden_v{version}.npz')
     arrays = {k: torch.from_numpy(arrays[k]) for k in arrays.files}
     state = {k[6:]: v for k, v in arrays.items() if k.startswith('param/')}
     model = ConvNeXt(
         dict(depths=[1, 1, 2, 1], channels=[8, 16, 24, 32]),
-        use_grn=version == 2)
+        use_grn=version == 2,
+        **settings)
     model.load_state_dict(state)
     return model, arrays
 
@@ -40,11 +42,9 @@ def relative(value, reference):
 @pytest.mark.parametrize('size', ['even', 'odd'])
 @pytest.mark.parametrize('version', [1, 2])
 @pytest.mark.parametrize('with_cp', [False, True])
-def test_golden_outputs_and_gradients(data_dir, version, size, with_cp):
-    model, arrays = golden(data_dir, version)
-    for block in model.modules():
-        if hasattr(block, 'with_cp'):
-            block.with_cp = with_cp
+@pytest.mark.parametrize('impl', IMPL_NAMES)
+def test_golden_outputs_and_gradients(data_dir, version, size, with_cp, impl):
+    model, arrays = golden(data_dir, version, impl=impl, with_cp=with_cp)
     x = arrays[f'{size}/input'].requires_grad_()
     outs = model(x)
     assert len(outs) == 4
@@ -272,7 +272,7 @@ def test_layout_is_channels_last_throughout():
     model = ConvNeXt(SMALL).eval()
     maps = []
     for module in model.modules():
-        if isinstance(module, LayerNorm2d) or hasattr(module, 'drop_path'):
+        if isinstance(module, (LayerNorm2d, Block, Downsample)):
             module.register_forward_hook(lambda m, i, o: maps.append(o))
     model(torch.rand(2, 3, 64, 64))
     assert len(maps) == 7 + 1 + 3 + 4

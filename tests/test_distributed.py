@@ -14,8 +14,8 @@ SMALL = dict(depths=[1, 1, 2, 1], channels=[8, 16, 24, 32])
 CASES = [
     dict(out_indices=indices, **settings)
     for indices in ((0, ), (1, ), (2, ), (3, ), (0, 2), (0, 1, 2, 3))
-    for settings in (dict(), dict(use_grn=True),
-                     dict(frozen_stages=1, with_cp=True))
+    for settings in (dict(impl='eager'), dict(impl='lean', use_grn=True),
+                     dict(impl='lean+', frozen_stages=1, with_cp=True))
 ]
 
 

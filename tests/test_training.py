@@ -83,6 +83,9 @@ def test_train_test_resume(shapes, tmp_path):
                 tmp_path / 'b', '--show-dir', 'pictures', *common)
     assert metrics_of_test(tmp_path / 'b') == trained
     assert list((tmp_path / 'b').glob('*/pictures/*.png'))
+    tool('test', SHAPES, tmp_path / 'a' / 'iter_6.pth', '--work-dir',
+         tmp_path / 'c', '--deploy', *common)
+    assert metrics_of_test(tmp_path / 'c') == pytest.approx(trained, abs=0.005)
 
     before = torch.load(tmp_path / 'a' / 'iter_6.pth', weights_only=False)
     tool('train', SHAPES, '--work-dir', tmp_path / 'a', '--resume', *common,

@@ -4,7 +4,7 @@ import os.path as osp
 
 from mmengine.evaluator import DumpResults
 
-from convnext_mm import CheckpointError
+from convnext_mm import CheckpointError, ConvNeXt
 from convnext_mm.launch import (add_common_arguments, build_runner, check_data,
                                 fit_to_device, load_config)
 
@@ -27,6 +27,10 @@ def parse_args(argv=None) -> argparse.Namespace:
         '--show-dir', metavar='DIR', help='write pictures of predictions here')
     parser.add_argument(
         '--wait-time', type=float, default=2, help='seconds per shown image')
+    parser.add_argument(
+        '--deploy',
+        action='store_true',
+        help='fold and pack the backbone for inference first')
     return parser.parse_args(argv)
 
 
@@ -65,6 +69,21 @@ def draw_predictions(cfg, args: argparse.Namespace) -> None:
             hook.test_out_dir = args.show_dir
 
 
+def switch_to_deploy(runner) -> None:
+    """Loads the checkpoint, then switches every ConvNeXt of the model.
+
+    Raises:
+        SystemExit: The model has none.
+    """
+    backbones = [m for m in runner.model.modules() if isinstance(m, ConvNeXt)]
+    if not backbones:
+        raise SystemExit('error: --deploy needs a model with a '
+                         'convnext_mm.ConvNeXt')
+    runner.load_or_resume()
+    for backbone in backbones:
+        backbone.switch_to_deploy()
+
+
 def use_test_time_augmentation(cfg, name: str) -> None:
     """Puts the config's ``tta_model`` around its model and ``tta_pipeline``
     into its test set. What ``tta_model.module`` holds is merged into the model
@@ -98,6 +117,8 @@ def main(argv=None) -> None:
     if args.out:
         runner.test_evaluator.metrics.append(DumpResults(args.out))
     try:
+        if args.deploy:
+            switch_to_deploy(runner)
         runner.test()
     except CheckpointError as error:
         raise SystemExit(f'error: {error}')

@@ -1,5 +1,5 @@
 """The ConvNeXt block in plain PyTorch: the definition of correct."""
-from typing import Optional
+from typing import Optional, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -90,3 +90,33 @@ def block(x: Tensor,
     if drop_scale is not None:
         y = y * drop_scale.to(y.dtype).view(-1, 1, 1, 1)
     return x + y.permute(0, 3, 1, 2)  # (N, H, W, C) -> (N, C, H, W)
+
+
+def downsample(x: Tensor,
+               norm_weight: Tensor,
+               norm_bias: Tensor,
+               conv_weight: Tensor,
+               conv_bias: Tensor,
+               *,
+               eps: float = 1e-6,
+               stride: Sequence[int] = (2, 2),
+               padding: Sequence[int] = (0, 0),
+               dilation: Sequence[int] = (1, 1)) -> Tensor:
+    """The layer between two stages: LayerNorm, then a convolution.
+
+    Args:
+        x: (N, C, H, W).
+        norm_weight, norm_bias: (C,).
+        conv_weight: (D, C, K, K), K = 2.
+        conv_bias: (D,).
+        eps: LayerNorm's.
+        stride, padding, dilation: The convolution's.
+
+    Returns:
+        (N, D, H', W'); H / 2 and W / 2, rounded down, at the defaults.
+    """
+    x = x.permute(0, 2, 3, 1)  # a view of a channels-last map
+    x = F.layer_norm(x, x.shape[3:], norm_weight, norm_bias, eps)
+    return F.conv2d(
+        x.permute(0, 3, 1, 2), conv_weight, conv_bias, stride, padding,
+        dilation)
