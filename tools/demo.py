@@ -72,11 +72,12 @@ def read_log(runner: Runner) -> Tuple[List[dict], List[dict]]:
 
 
 def last_metrics(evaluations: List[dict]) -> Dict[str, float]:
-    """Metrics of the last evaluation, without their ``coco/`` prefix."""
+    """Metrics of the last evaluation, without their ``coco/`` prefix and those
+    that COCO gives as -1 because there are no such objects."""
     return {
         name.split('/')[-1]: value
         for name, value in evaluations[-1].items()
-        if name not in ('step', 'time', 'data_time')
+        if name not in ('step', 'time', 'data_time') and value >= 0
     }
 
 

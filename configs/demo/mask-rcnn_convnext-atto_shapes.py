@@ -34,6 +34,6 @@ param_scheduler = [
 ]
 randomness = dict(seed=0)
 default_hooks = dict(
-    logger=dict(interval=50),
+    logger=dict(interval=50, log_metric_by_epoch=False),
     checkpoint=dict(by_epoch=False, interval=650, max_keep_ckpts=1))
 log_processor = dict(by_epoch=False)
