@@ -68,7 +68,7 @@ class ConvNeXt(BaseModule):
         with_cp: Recompute blocks in backward: less memory, more time.
         impl: What computes the blocks; neither weights nor outputs depend on
             it. ``'eager'``: plain PyTorch. ``'lean'``: a backward of its own
-            that stores less than half. ``'lean+'``: one that stores least and
+            that stores about half. ``'lean+'``: one that stores least and
             recomputes a matrix product. ``'auto'``: the best that device,
             dtype and shape allow. ``CONVNEXT_MM_IMPL`` in the environment
             overrides it.
