@@ -4,6 +4,8 @@ import torch
 
 from convnext_mm import ConvNeXt
 
+SMALL = dict(depths=(1, 1, 2, 2), channels=(8, 16, 24, 32))
+
 
 def to_timm_name(name):
     """Parameter name in timm's feature extractor for one of ours."""
@@ -31,9 +33,13 @@ def test_equals_timm(output_stride, name, size):
     timm = pytest.importorskip('timm')
     torch.manual_seed(0)
     reference = timm.create_model(
-        name, features_only=True, output_stride=output_stride)
+        name,
+        features_only=True,
+        output_stride=output_stride,
+        depths=SMALL['depths'],
+        dims=SMALL['channels'])
     model = ConvNeXt(
-        'atto',
+        SMALL,
         use_grn='v2' in name,
         out_norm=False,
         output_stride=output_stride)
