@@ -7,6 +7,7 @@ except ModuleNotFoundError as error:
         ' or mmengine: install one, for example with `pip install '
         'onedl-mmengine`') from error
 
+from . import compat  # noqa: F401
 from .backbone import ConvNeXt
 from .layer_decay import LayerDecayOptimWrapperConstructor
 from .version import __version__
