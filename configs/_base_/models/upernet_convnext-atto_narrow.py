@@ -1,0 +1,16 @@
+# UPerNet small enough for a CPU: the smallest ConvNeXt and narrow heads, with
+# group norm, which suits batches of a few images.
+_base_ = 'mmseg::_base_/models/upernet_convnext.py'
+
+norm_cfg = dict(_delete_=True, type='GN', num_groups=16, requires_grad=True)
+model = dict(
+    backbone=dict(
+        _delete_=True,
+        type='convnext_mm.ConvNeXt',
+        arch='atto',
+        layer_scale_init_value=1.0),
+    decode_head=dict(
+        in_channels=[40, 80, 160, 320],
+        channels=64,
+        norm_cfg=norm_cfg),
+    auxiliary_head=dict(in_channels=160, channels=64, norm_cfg=norm_cfg))
