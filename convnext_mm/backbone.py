@@ -223,7 +223,8 @@ class ConvNeXt(BaseModule):
         Returns:
             One (N, C_i, H / s_i, W / s_i) for each emitted stage, strides s_i
             of 4, 8, 16, 32 (sizes rounded down) for ``stem_patch_size=4``, none
-            above ``output_stride``; or (N, C_i) with ``gap_before_final_norm``.
+            above ``output_stride``, in contiguous memory; or (N, C_i) with
+            ``gap_before_final_norm``.
 
         Raises:
             TypeError, ValueError: ``x`` has another type, rank, number of
@@ -239,8 +240,11 @@ class ConvNeXt(BaseModule):
                     out = out.mean((2, 3), keepdim=True)
                 norm = getattr(self, f'norm{i}', None)
                 out = out if norm is None else norm(out)
-                outs.append(out.flatten(1) if self.
-                            gap_before_final_norm else out)
+                # mmcv's RoIAlign and its like read memory as (N, C, H, W)
+                # whatever the strides say: channels-last would be garbage.
+                outs.append(
+                    out.flatten(1) if self.gap_before_final_norm else out.
+                    contiguous())
         return tuple(outs)
 
     def train(self, mode: bool = True) -> 'ConvNeXt':

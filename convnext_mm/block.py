@@ -1,4 +1,4 @@
-"""One ConvNeXt block: its parameters, and the one place that picks what runs."""
+"""One ConvNeXt block: its parameters, and the place that picks what runs it."""
 from typing import Callable, Dict, Optional
 
 import torch

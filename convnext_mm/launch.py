@@ -63,7 +63,10 @@ def load_config(args: argparse.Namespace) -> Config:
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     path = Path(args.config)
     if not path.is_file():
-        known = {p.name: p for p in Path('configs').rglob('*.py')}
+        known = {
+            p.name: p
+            for p in Path('configs').rglob('*.py') if '_base_' not in p.parts
+        }
         close = difflib.get_close_matches(path.name, known, n=3, cutoff=0.5)
         raise ValueError(
             f'config {args.config!r} does not exist' +
@@ -79,7 +82,8 @@ def load_config(args: argparse.Namespace) -> Config:
         if not cfg.get('data_root'):
             raise ValueError(f'--data-root replaces the data_root of a config;'
                              f' {args.config} has none at its top level')
-        _replace_prefix(cfg._cfg_dict, cfg.data_root, osp.join(args.data_root, ''))
+        _replace_prefix(cfg._cfg_dict, cfg.data_root,
+                        osp.join(args.data_root, ''))
     if args.work_dir is not None:
         cfg.work_dir = args.work_dir
     elif cfg.get('work_dir') is None:
@@ -95,7 +99,8 @@ def _replace_prefix(node, old: str, new: str):
     if isinstance(node, tuple):
         return tuple(_replace_prefix(item, old, new) for item in node)
     if isinstance(node, (dict, list)):
-        for key in (list(node) if isinstance(node, dict) else range(len(node))):
+        keys = list(node) if isinstance(node, dict) else range(len(node))
+        for key in keys:
             node[key] = _replace_prefix(node[key], old, new)
     return node
 

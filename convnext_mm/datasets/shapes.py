@@ -84,10 +84,10 @@ def write_shapes(out: str,
                                 ('num_val', num_val, 1), ('size', size, 64)):
         if value < lowest:
             raise ValueError(f'{name} must be at least {lowest}, got {value}')
-    for index, (split, number) in enumerate(
-        (('training', num_train), ('validation', num_val))):
-        _write_split(Path(out), split, number, size,
-                     np.random.default_rng((seed, index)))
+    splits = {'training': num_train, 'validation': num_val}
+    for index, (split, number) in enumerate(splits.items()):
+        rng = np.random.default_rng((seed, index))
+        _write_split(Path(out), split, number, size, rng)
 
 
 def _write_split(out: Path, split: str, number: int, size: int,

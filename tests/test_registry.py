@@ -1,0 +1,45 @@
+"""The scoped type resolves by itself; the bare name after an import."""
+import subprocess
+import sys
+
+import pytest
+
+RESOLVE = '''
+from mmengine.registry import init_default_scope
+init_default_scope({scope!r})
+from {scope}.registry import MODELS, OPTIM_WRAPPER_CONSTRUCTORS
+if {imported}:
+    from mmengine.utils import import_modules_from_strings
+    import_modules_from_strings(['convnext_mm'])
+model = MODELS.build(dict(type={type!r}, arch='atto'))
+found = OPTIM_WRAPPER_CONSTRUCTORS.get({constructor!r})
+print('built by', type(model).__module__, 'and', found.__module__)
+'''
+
+
+@pytest.mark.parametrize('prefix, imported', [('convnext_mm.', False),
+                                              ('', True)])
+@pytest.mark.parametrize('scope', ['mmdet', 'mmseg', 'mmengine'])
+def test_type_resolves(scope, prefix, imported):
+    code = RESOLVE.format(
+        scope=scope,
+        imported=imported,
+        type=prefix + 'ConvNeXt',
+        constructor=prefix + 'LayerDecayOptimWrapperConstructor')
+    done = subprocess.run([sys.executable, '-W', 'ignore', '-c', code],
+                          capture_output=True, text=True)
+    assert ('built by convnext_mm.backbone and convnext_mm.layer_decay'
+            in done.stdout), done.stdout + done.stderr
+
+
+def test_a_class_of_the_same_bare_name_is_kept():
+    code = ('from mmengine.registry import MODELS\n'
+            '@MODELS.register_module()\n'
+            'class ConvNeXt: pass\n'
+            'import convnext_mm\n'
+            'print(MODELS.get("ConvNeXt") is ConvNeXt,\n'
+            '      MODELS.get("convnext_mm.ConvNeXt") is '
+            'convnext_mm.ConvNeXt)')
+    done = subprocess.run([sys.executable, '-W', 'ignore', '-c', code],
+                          capture_output=True, text=True, check=True)
+    assert done.stdout.strip().endswith('True True'), done.stdout
