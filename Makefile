@@ -6,7 +6,7 @@ TESTS ?= tests
 
 help:
 	@echo "make demo   set up, train a small Mask R-CNN on drawn shapes, show what it finds"
-	@echo "make demo-seg  the same with UPerNet, a segmentor"
+	@echo "make demo-seg   the same with UPerNet, a segmentor"
 	@echo "make test   set up, run the tests"
 	@echo "make setup  only make .venv with everything in it"
 	@echo "make lint   check the style"
