@@ -1,6 +1,7 @@
 """What ``tools/train.py`` and ``tools/test.py`` share: reading a config,
 fitting it to the machine, and checking its data before anything starts."""
 import argparse
+import contextlib
 import difflib
 import os
 import os.path as osp
@@ -13,6 +14,9 @@ from mmengine.device import get_device
 from mmengine.logging import print_log
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
+from torch.utils.data import DataLoader
+
+from .data_check import DataError, check_dataset, explain_failure
 
 AMP_DEVICES = ('cuda', 'npu', 'mlu', 'musa')  # AmpOptimWrapper refuses others
 LAUNCHERS = ('none', 'pytorch', 'slurm', 'mpi')
@@ -174,7 +178,8 @@ def check_data(cfg: Config, loaders: List[str]) -> None:
     for loader in loaders:
         if not cfg.get(loader):
             continue
-        for dataset in _leaf_datasets(cfg[loader].dataset):
+        datasets = list(_leaf_datasets(cfg[loader].dataset))
+        for dataset in datasets:
             for setting, path in _local_paths(dataset):
                 if not path.exists():
                     advice = cfg.get('data_help') or DATA_SOURCES.get(
@@ -184,6 +189,27 @@ def check_data(cfg: Config, loaders: List[str]) -> None:
                         f'{loader}: {setting} {str(path)!r} does not exist '
                         f'(looked for from {os.getcwd()}). {advice}, or say '
                         'where the data is with --data-root DIR')
+        _check_evaluator(cfg, loader, datasets)
+
+
+def _check_evaluator(cfg: Config, loader: str,
+                     datasets: List[ConfigDict]) -> None:
+    """That COCO metrics read the annotations of the images they judge."""
+    name = loader.replace('dataloader', 'evaluator')
+    evaluators = cfg.get(name) or []
+    for evaluator in (
+            evaluators if isinstance(evaluators, list) else [evaluators]):
+        if (not str(evaluator.get('type')).endswith('CocoMetric')
+                or len(datasets) != 1
+                or not str(datasets[0].get('type')).endswith('CocoDataset')):
+            continue
+        paths = dict(_local_paths(dict(ann_file=evaluator.get('ann_file'))))
+        ours = dict(_local_paths(datasets[0])).get('ann_file')
+        theirs = paths.get('ann_file')
+        if theirs and ours and theirs.resolve() != ours.resolve():
+            raise ValueError(
+                f'{name}.ann_file is {str(theirs)!r}, but {loader} loads '
+                f'{str(ours)!r}: give both the same file')
 
 
 def _leaf_datasets(dataset: ConfigDict) -> Iterator[ConfigDict]:
@@ -210,6 +236,30 @@ def _local_paths(dataset: ConfigDict) -> Iterator[Tuple[str, Path]]:
             yield setting, Path(path)
 
 
+class CheckedRunner(Runner):
+    """MMEngine's runner, with every data set checked as it is built."""
+
+    def build_dataloader(self, dataloader, *args, **kwargs) -> DataLoader:
+        try:
+            loader = super().build_dataloader(dataloader, *args, **kwargs)
+        except Exception:
+            if isinstance(dataloader, dict):
+                for dataset in _leaf_datasets(dataloader['dataset']):
+                    explain_failure(dataset)
+            raise
+        check_dataset(loader.dataset, self.model)
+        return loader
+
+
+@contextlib.contextmanager
+def short_data_errors() -> Iterator[None]:
+    """Ends the program with one sentence, not a traceback, on bad data."""
+    try:
+        yield
+    except DataError as error:
+        raise SystemExit(f'error: {error}')
+
+
 def build_runner(cfg: Config) -> Runner:
     """The runner of a config; on a CPU, starts the process group first."""
     if cfg.launcher == 'pytorch' and get_device() == 'cpu':
@@ -217,4 +267,4 @@ def build_runner(cfg: Config) -> Runner:
         torch.distributed.init_process_group('gloo')
     if 'runner_type' in cfg:
         return RUNNERS.build(cfg)
-    return Runner.from_cfg(cfg)
+    return CheckedRunner.from_cfg(cfg)

@@ -18,7 +18,8 @@ from rich.console import Console
 from rich.table import Table
 
 from convnext_mm.launch import (add_common_arguments, build_runner, check_data,
-                                fit_to_device, load_config)
+                                fit_to_device, load_config,
+                                short_data_errors)
 
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt  # noqa: E402
@@ -181,7 +182,8 @@ def main() -> int:
     except ValueError as error:
         raise SystemExit(f'error: {error}')
     runner = build_runner(cfg)
-    runner.train()
+    with short_data_errors():
+        runner.train()
 
     work_dir = Path(cfg.work_dir)
     pictures = work_dir / 'pictures'

@@ -5,7 +5,8 @@ import os.path as osp
 from mmengine.evaluator import DumpResults
 
 from convnext_mm.launch import (add_common_arguments, build_runner, check_data,
-                                fit_to_device, load_config)
+                                fit_to_device, load_config,
+                                short_data_errors)
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -66,7 +67,8 @@ def main(argv=None) -> None:
     runner = build_runner(cfg)
     if args.out:
         runner.test_evaluator.metrics.append(DumpResults(args.out))
-    runner.test()
+    with short_data_errors():
+        runner.test()
 
 
 if __name__ == '__main__':

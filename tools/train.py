@@ -4,7 +4,8 @@ import argparse
 import os.path as osp
 
 from convnext_mm.launch import (add_common_arguments, build_runner, check_data,
-                                fit_to_device, load_config)
+                                fit_to_device, load_config,
+                                short_data_errors)
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -64,7 +65,8 @@ def main(argv=None) -> None:
         cfg = prepare(args)
     except ValueError as error:
         raise SystemExit(f'error: {error}')
-    build_runner(cfg).train()
+    with short_data_errors():
+        build_runner(cfg).train()
 
 
 if __name__ == '__main__':
