@@ -9,7 +9,14 @@ except ModuleNotFoundError as error:
 
 from . import compat  # noqa: F401
 from .backbone import ConvNeXt
+from .checkpoint import (CheckpointError, convert_state_dict,
+                         load_checkpoint)
+from .classifier_init import ReleasedClassifierInit
 from .layer_decay import LayerDecayOptimWrapperConstructor
 from .version import __version__
 
-__all__ = ['ConvNeXt', 'LayerDecayOptimWrapperConstructor', '__version__']
+__all__ = [
+    'CheckpointError', 'ConvNeXt', 'LayerDecayOptimWrapperConstructor',
+    'ReleasedClassifierInit', '__version__', 'convert_state_dict',
+    'load_checkpoint'
+]

@@ -1,43 +1,21 @@
 """ConvNeXt V1 and V2 as a multi-scale backbone."""
 import math
 from numbers import Integral, Real
-from typing import Dict, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Dict, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn.functional as F
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
+from .archs import ARCHS, Arch
 from .block import IMPL_NAMES, Block
+from .checkpoint.load import convert_in_place, use_safe_loader
 from .layer_id import default_num_layers, get_layer_id
 from .registry import MODELS, register
 
 NUM_STAGES = 4
 OUTPUT_STRIDES = (8, 16, 32)
-
-
-class Arch(NamedTuple):
-    """Facts of a published architecture."""
-    depths: Tuple[int, ...]
-    channels: Tuple[int, ...]
-    norm_eps: float = 1e-6
-
-
-# tiny to xlarge: arXiv 2201.03545, section 3. atto to nano, huge: arXiv
-# 2301.00808, appendix A. xxlarge: OpenCLIP's ConvNeXt-XXLarge.
-ARCHS: Dict[str, Arch] = {
-    'atto': Arch((2, 2, 6, 2), (40, 80, 160, 320)),
-    'femto': Arch((2, 2, 6, 2), (48, 96, 192, 384)),
-    'pico': Arch((2, 2, 6, 2), (64, 128, 256, 512)),
-    'nano': Arch((2, 2, 8, 2), (80, 160, 320, 640)),
-    'tiny': Arch((3, 3, 9, 3), (96, 192, 384, 768)),
-    'small': Arch((3, 3, 27, 3), (96, 192, 384, 768)),
-    'base': Arch((3, 3, 27, 3), (128, 256, 512, 1024)),
-    'large': Arch((3, 3, 27, 3), (192, 384, 768, 1536)),
-    'xlarge': Arch((3, 3, 27, 3), (256, 512, 1024, 2048)),
-    'xxlarge': Arch((3, 4, 30, 3), (384, 768, 1536, 3072), norm_eps=1e-5),
-    'huge': Arch((3, 3, 27, 3), (352, 704, 1408, 2816)),
-}
 
 # What mmpretrain's ConvNeXt has and this one does not vary: its defaults.
 MMPRETRAIN_DEFAULTS = dict(
@@ -103,10 +81,16 @@ class ConvNeXt(BaseModule):
         with_cp: Recompute blocks in backward: less memory, more time.
         impl: What computes a block: ``'auto'`` or ``'eager'``. Neither weights
             nor outputs depend on it.
+        allow_partial: Load what fits of a checkpoint, with a warning. By
+            default one that lacks a parameter of stem, downsampling layers or
+            stages, or has it in another shape, is an error.
         norm_cfg, act_cfg, linear_pw_conv: Accepted at the defaults of
             mmpretrain's ConvNeXt only, so that a config written for it works.
-        init_cfg: MMEngine's. Without it weights start from a truncated normal
-            of std 0.02, biases from 0, layer scale from its initial value.
+        init_cfg: MMEngine's. ``dict(type='Pretrained', checkpoint=...,
+            prefix=...)`` takes the checkpoint of any ConvNeXt, a file or an
+            address, see :func:`convnext_mm.load_checkpoint`. Without it
+            weights start from a truncated normal of std 0.02, biases from 0,
+            layer scale from its initial value.
 
     Attributes:
         num_stages (int): 4.
@@ -143,6 +127,7 @@ class ConvNeXt(BaseModule):
                  gap_before_final_norm: bool = False,
                  with_cp: bool = False,
                  impl: str = 'auto',
+                 allow_partial: bool = False,
                  norm_cfg: Optional[dict] = None,
                  act_cfg: Optional[dict] = None,
                  linear_pw_conv: bool = True,
@@ -158,6 +143,7 @@ class ConvNeXt(BaseModule):
         self.frozen_stages = _integer('frozen_stages', frozen_stages, -1,
                                       NUM_STAGES)
         self.gap_before_final_norm = gap_before_final_norm
+        self.allow_partial = allow_partial
         if _integer('kernel_size', kernel_size, 1) % 2 == 0:
             raise ValueError(
                 f'kernel_size must be odd (3, 5, 7, ...), got {kernel_size}')
@@ -246,6 +232,23 @@ class ConvNeXt(BaseModule):
                     out.flatten(1) if self.gap_before_final_norm else out.
                     contiguous())
         return tuple(outs)
+
+    def init_weights(self) -> None:
+        """Initialises weights as ``init_cfg`` says; a pretrained checkpoint
+        loads completely, or not at all and with a ``CheckpointError``."""
+        init_cfg = self.init_cfg
+        try:
+            # MMEngine's own loader runs pickles and forgives missing keys.
+            self.init_cfg = use_safe_loader(init_cfg)
+            super().init_weights()
+        finally:
+            self.init_cfg = init_cfg
+
+    def _load_from_state_dict(self, state_dict: Dict[str, Tensor], prefix: str,
+                              *args) -> None:
+        # Reached from every way to load a whole model that holds a backbone.
+        convert_in_place(self, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def train(self, mode: bool = True) -> 'ConvNeXt':
         """Sets the mode; frozen stages stay in evaluation mode."""

@@ -101,6 +101,15 @@ def explain_failure(cfg: ConfigDict) -> None:
                         'set img_suffix')
 
 
+def leaf_configs(dataset: ConfigDict) -> Iterator[ConfigDict]:
+    """Configs of the datasets inside wrappers such as RepeatDataset."""
+    if 'datasets' in dataset or 'dataset' in dataset:
+        for inner in dataset.get('datasets', [dataset.get('dataset')]):
+            yield from leaf_configs(inner)
+    else:
+        yield dataset
+
+
 def _explain_coco(path: str, classes: Optional[Sequence[str]]) -> None:
     try:
         with open(path) as file:

@@ -13,10 +13,10 @@ from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.device import get_device
 from mmengine.logging import print_log
 from mmengine.registry import RUNNERS
-from mmengine.runner import Runner
-from torch.utils.data import DataLoader
 
-from .data_check import DataError, check_dataset, explain_failure
+from .checkpoint import CheckpointError
+from .data_check import DataError, leaf_configs
+from .runner import Runner, use_safe_loading
 
 AMP_DEVICES = ('cuda', 'npu', 'mlu', 'musa')  # AmpOptimWrapper refuses others
 LAUNCHERS = ('none', 'pytorch', 'slurm', 'mpi')
@@ -28,6 +28,12 @@ DATA_SOURCES = {
     'ADE20KDataset':
     'ADE20K (SceneParsing, 2016) is at '
     'http://sceneparsing.csail.mit.edu: unpack it into data/ade',
+    'ImageNet':
+    'ImageNet-1K (ILSVRC 2012) is at https://image-net.org: put its folders '
+    'of classes into data/imagenet/train and data/imagenet/val',
+    'ImageNet21k':
+    'ImageNet-22K is at https://image-net.org: put its folders of classes into '
+    'data/imagenet22k/train',
 }
 
 
@@ -178,7 +184,7 @@ def check_data(cfg: Config, loaders: List[str]) -> None:
     for loader in loaders:
         if not cfg.get(loader):
             continue
-        datasets = list(_leaf_datasets(cfg[loader].dataset))
+        datasets = list(leaf_configs(cfg[loader].dataset))
         for dataset in datasets:
             for setting, path in _local_paths(dataset):
                 if not path.exists():
@@ -212,20 +218,15 @@ def _check_evaluator(cfg: Config, loader: str,
                 f'{str(ours)!r}: give both the same file')
 
 
-def _leaf_datasets(dataset: ConfigDict) -> Iterator[ConfigDict]:
-    """The datasets inside wrappers such as RepeatDataset or ConcatDataset."""
-    if 'datasets' in dataset or 'dataset' in dataset:
-        for inner in dataset.get('datasets', [dataset.get('dataset')]):
-            yield from _leaf_datasets(inner)
-    else:
-        yield dataset
-
-
 def _local_paths(dataset: ConfigDict) -> Iterator[Tuple[str, Path]]:
     """(setting, path) of what a dataset reads from the local disk."""
     if dataset.get('backend_args'):  # not a local disk
         return
     prefixes = dataset.get('data_prefix') or {}
+    if isinstance(prefixes, str):  # MMPretrain's data sets
+        prefixes = dict(img_path=prefixes)
+    if not prefixes and 'split' in dataset:  # its ImageNet: a folder per split
+        prefixes = dict(img_path=dataset.split)
     settings: Dict[str, str] = {'ann_file': dataset.get('ann_file')}
     settings.update((f'data_prefix.{key}', value)
                     for key, value in prefixes.items())
@@ -236,27 +237,13 @@ def _local_paths(dataset: ConfigDict) -> Iterator[Tuple[str, Path]]:
             yield setting, Path(path)
 
 
-class CheckedRunner(Runner):
-    """MMEngine's runner, with every data set checked as it is built."""
-
-    def build_dataloader(self, dataloader, *args, **kwargs) -> DataLoader:
-        try:
-            loader = super().build_dataloader(dataloader, *args, **kwargs)
-        except Exception:
-            if isinstance(dataloader, dict):
-                for dataset in _leaf_datasets(dataloader['dataset']):
-                    explain_failure(dataset)
-            raise
-        check_dataset(loader.dataset, self.model)
-        return loader
-
-
 @contextlib.contextmanager
-def short_data_errors() -> Iterator[None]:
-    """Ends the program with one sentence, not a traceback, on bad data."""
+def short_errors() -> Iterator[None]:
+    """Ends the program with one sentence, not a traceback, on bad data and on
+    a checkpoint that cannot be used."""
     try:
         yield
-    except DataError as error:
+    except (CheckpointError, DataError) as error:
         raise SystemExit(f'error: {error}')
 
 
@@ -265,6 +252,7 @@ def build_runner(cfg: Config) -> Runner:
     if cfg.launcher == 'pytorch' and get_device() == 'cpu':
         # MMEngine's start of a process group selects a CUDA device.
         torch.distributed.init_process_group('gloo')
+    use_safe_loading()
     if 'runner_type' in cfg:
         return RUNNERS.build(cfg)
-    return CheckedRunner.from_cfg(cfg)
+    return Runner.from_cfg(cfg)

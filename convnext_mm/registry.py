@@ -7,6 +7,7 @@ imported first: MMEngine imports this module when it meets the scope, and the
 from mmengine.registry import MODELS as ROOT_MODELS
 from mmengine.registry import \
     OPTIM_WRAPPER_CONSTRUCTORS as ROOT_OPTIM_WRAPPER_CONSTRUCTORS
+from mmengine.registry import WEIGHT_INITIALIZERS as ROOT_WEIGHT_INITIALIZERS
 from mmengine.registry import Registry
 
 SCOPE = 'convnext_mm'
@@ -16,6 +17,11 @@ MODELS = Registry(
 OPTIM_WRAPPER_CONSTRUCTORS = Registry(
     'optimizer wrapper constructor',
     parent=ROOT_OPTIM_WRAPPER_CONSTRUCTORS,
+    scope=SCOPE,
+    locations=['convnext_mm'])
+WEIGHT_INITIALIZERS = Registry(
+    'weight initializer',
+    parent=ROOT_WEIGHT_INITIALIZERS,
     scope=SCOPE,
     locations=['convnext_mm'])
 

@@ -99,7 +99,7 @@ def test_demo_shows_and_judges(tmp_path):
                 'train_cfg.val_interval=2', 'default_hooks.logger.interval=1',
                 check=False)
     assert 'NOT REACHED' in said and 'did not reach' in said, said[-3000:]
-    assert 'configs/upernet/upernet_convnext-t' in said
+    assert 'configs/upernet/convnext-tiny_upernet' in said
     assert len(list((tmp_path / 'work' / 'pictures').glob('*.png'))) == 4
     for name in ('overview.png', 'curves.png'):
         assert (tmp_path / 'work' / name).stat().st_size > 10_000

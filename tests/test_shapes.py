@@ -72,5 +72,3 @@ def test_bad_settings(tmp_path, settings):
     (name, value), = settings.items()
     with pytest.raises(ValueError, match=f'{name} must be at least.*{value}'):
         write_shapes(tmp_path, **settings)
-
-

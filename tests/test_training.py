@@ -173,5 +173,7 @@ def test_demo_shows_and_judges(tmp_path):
     assert 'NOT REACHED' in said and 'did not reach' in said, said[-3000:]
     assert 'bash tools/dist_train.sh' in said
     assert len(list((tmp_path / 'work' / 'pictures').glob('*.png'))) == 4
+    steps = [r['step'] for r in records(tmp_path / 'work') if 'loss' not in r]
+    assert steps == [3, 6]
     for name in ('overview.png', 'curves.png'):
         assert (tmp_path / 'work' / name).stat().st_size > 10_000

@@ -18,8 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from convnext_mm.launch import (add_common_arguments, build_runner, check_data,
-                                fit_to_device, load_config,
-                                short_data_errors)
+                                fit_to_device, load_config, short_errors)
 
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt  # noqa: E402
@@ -31,7 +30,7 @@ NEXT_STEPS = {
      'mask-rcnn_convnext-t_fpn_8xb2-amp-ms-crop-3x_coco.py 8 --data-root '
      'data/coco'),
     'mmseg': ('train on ADE20K', 'bash tools/dist_train.sh configs/upernet/'
-              'upernet_convnext-t_8xb2-amp-160k_ade20k-512x512.py 8 '
+              'convnext-tiny_upernet_8xb2-amp-160k_ade20k-512x512.py 8 '
               '--data-root data/ade/ADEChallengeData2016'),
 }
 NEXT_STEPS_OF_ALL = (
@@ -80,12 +79,13 @@ def read_log(runner: Runner) -> Tuple[List[dict], List[dict]]:
 
 def last_metrics(evaluations: List[dict], scope: str) -> Dict[str, float]:
     """Metrics of the last evaluation in [0, 1], without their prefix
-    (``coco/``); MMSegmentation's are in percent."""
+    (``coco/``) and those that COCO gives as -1 because there are no such
+    objects; MMSegmentation's are in percent."""
     unit = 0.01 if scope == 'mmseg' else 1
     return {
         name.split('/')[-1]: value * unit
         for name, value in evaluations[-1].items()
-        if name not in ('step', 'time', 'data_time')
+        if name not in ('step', 'time', 'data_time') and value >= 0
     }
 
 
@@ -182,7 +182,7 @@ def main() -> int:
     except ValueError as error:
         raise SystemExit(f'error: {error}')
     runner = build_runner(cfg)
-    with short_data_errors():
+    with short_errors():
         runner.train()
 
     work_dir = Path(cfg.work_dir)

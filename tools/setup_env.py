@@ -134,7 +134,7 @@ def install() -> None:
     say('3/4 mmcv with its compiled ops')
     install_mmcv()
     say('4/4 the project and everything else it uses')
-    pip_install('--editable', f'{ROOT}[det,seg,parity,dev]')
+    pip_install('--editable', f'{ROOT}[det,seg,hub,parity,dev]')
     keep_headless_opencv()
 
 

@@ -5,8 +5,7 @@ import os.path as osp
 from mmengine.evaluator import DumpResults
 
 from convnext_mm.launch import (add_common_arguments, build_runner, check_data,
-                                fit_to_device, load_config,
-                                short_data_errors)
+                                fit_to_device, load_config, short_errors)
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -14,6 +13,11 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser.add_argument('config', help='path of the config')
     parser.add_argument('checkpoint', help='path or URL of the checkpoint')
     add_common_arguments(parser)
+    parser.add_argument(
+        '--tta',
+        action='store_true',
+        help='average over scales and flips, as tta_model and tta_pipeline of '
+        'the config say')
     parser.add_argument('--out', metavar='FILE.pkl',
                         help='write the predictions here, as a pickle')
     parser.add_argument(
@@ -39,6 +43,8 @@ def prepare(args: argparse.Namespace):
     cfg.load_from = args.checkpoint
     if args.show or args.show_dir:
         draw_predictions(cfg, args)
+    if args.tta:
+        use_test_time_augmentation(cfg, args.config)
     fit_to_device(cfg)
     check_data(cfg, ['test_dataloader'])
     return cfg
@@ -58,6 +64,29 @@ def draw_predictions(cfg, args: argparse.Namespace) -> None:
             hook.test_out_dir = args.show_dir
 
 
+def use_test_time_augmentation(cfg, name: str) -> None:
+    """Puts the config's ``tta_model`` around its model and ``tta_pipeline``
+    into its test set. What ``tta_model.module`` holds is merged into the model
+    (the published multi-scale segmentation takes images whole).
+
+    Raises:
+        ValueError: The config has no such settings.
+    """
+    missing = [key for key in ('tta_model', 'tta_pipeline') if not cfg.get(key)]
+    if missing:
+        raise ValueError(
+            f'--tta needs {" and ".join(missing)} in the config, which {name} '
+            'does not have; configs/_base_/datasets/ade20k_512x512.py has an '
+            'example for segmentation')
+    tta_model = cfg.tta_model
+    cfg.merge_from_dict(dict(model=tta_model.pop('module', {})))
+    cfg.model = dict(**tta_model, module=cfg.model)
+    dataset = cfg.test_dataloader.dataset
+    while 'dataset' in dataset:  # RepeatDataset and the like
+        dataset = dataset.dataset
+    dataset.pipeline = cfg.tta_pipeline
+
+
 def main(argv=None) -> None:
     args = parse_args(argv)
     try:
@@ -67,7 +96,7 @@ def main(argv=None) -> None:
     runner = build_runner(cfg)
     if args.out:
         runner.test_evaluator.metrics.append(DumpResults(args.out))
-    with short_data_errors():
+    with short_errors():
         runner.test()
 
 

@@ -4,8 +4,7 @@ import argparse
 import os.path as osp
 
 from convnext_mm.launch import (add_common_arguments, build_runner, check_data,
-                                fit_to_device, load_config,
-                                short_data_errors)
+                                fit_to_device, load_config, short_errors)
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -65,7 +64,7 @@ def main(argv=None) -> None:
         cfg = prepare(args)
     except ValueError as error:
         raise SystemExit(f'error: {error}')
-    with short_data_errors():
+    with short_errors():
         build_runner(cfg).train()
 
 

@@ -3,7 +3,7 @@
 #   data/own/train/*.jpg  data/own/train.json  (images, annotations, categories)
 #   data/own/val/*.jpg    data/own/val.json
 # and starts with: python tools/train.py configs/custom/YOUR_COPY.py
-# Boxes without masks: see faster-rcnn_convnext-t_fpn_1x_coco.py beside this one.
+# Boxes without masks: begin with faster-rcnn_convnext-t_fpn_1x_coco.py instead.
 _base_ = '../mask_rcnn/mask-rcnn_convnext-t_fpn_8xb2-amp-ms-crop-3x_coco.py'
 
 # CHANGE: where the data is; ends with a slash.

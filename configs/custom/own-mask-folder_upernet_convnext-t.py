@@ -7,9 +7,8 @@
 # 255 therefore have to become 0 and 1.) It starts with:
 # python tools/train.py configs/custom/YOUR_COPY.py
 _base_ = [
-    'mmseg::_base_/models/upernet_convnext.py',
-    'mmseg::_base_/default_runtime.py',
-    'mmseg::_base_/schedules/schedule_20k.py',
+    '../_base_/models/upernet_convnext.py',
+    '../_base_/schedules/adamw_160k.py', '../_base_/seg_runtime.py'
 ]
 
 # CHANGE: where the data is; ends with a slash.
@@ -33,21 +32,14 @@ norm_cfg = dict(type='BN', requires_grad=True)
 model = dict(
     data_preprocessor=dict(size=crop_size),
     backbone=dict(
-        _delete_=True,
-        type='convnext_mm.ConvNeXt',
         arch='tiny',
         drop_path_rate=0.4,
-        layer_scale_init_value=1.0,
         init_cfg=dict(
             type='Pretrained',
             checkpoint='https://dl.fbaipublicfiles.com/convnext/'
             'convnext_tiny_1k_224_ema.pth')),
-    decode_head=dict(
-        in_channels=[96, 192, 384, 768],
-        num_classes=num_classes,
-        norm_cfg=norm_cfg),
-    auxiliary_head=dict(
-        in_channels=384, num_classes=num_classes, norm_cfg=norm_cfg))
+    decode_head=dict(num_classes=num_classes, norm_cfg=norm_cfg),
+    auxiliary_head=dict(num_classes=num_classes, norm_cfg=norm_cfg))
 
 train_pipeline = [
     dict(type='LoadImageFromFile'),
@@ -99,12 +91,7 @@ val_evaluator = dict(type='IoUMetric', iou_metrics=['mIoU'])
 test_evaluator = val_evaluator
 
 train_cfg = dict(max_iters=max_iters, val_interval=max_iters // 10)
-optim_wrapper = dict(
-    _delete_=True,
-    type='AmpOptimWrapper',
-    constructor='convnext_mm.LayerDecayOptimWrapperConstructor',
-    optimizer=dict(type='AdamW', lr=learning_rate, weight_decay=0.05),
-    paramwise_cfg=dict(decay_type='stage_wise', decay_rate=0.9))
+optim_wrapper = dict(optimizer=dict(lr=learning_rate))
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.001, by_epoch=False, begin=0, end=500),
     dict(

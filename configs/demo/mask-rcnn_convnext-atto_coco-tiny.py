@@ -2,18 +2,10 @@
 # one of 80 + 80 images, at reduced size for a CPU. Two epochs show that all
 # parts work; they do not make a good detector.
 _base_ = [
-    '../_base_/models/mask-rcnn_convnext_fpn.py',
+    '../_base_/models/mask-rcnn_convnext-atto_narrow.py',
     '../_base_/datasets/coco_instance_ms-crop.py',
     '../_base_/schedules/adamw_3x.py', 'mmdet::_base_/default_runtime.py'
 ]
-
-model = dict(
-    backbone=dict(arch='atto'),
-    neck=dict(in_channels=[40, 80, 160, 320]),
-    train_cfg=dict(
-        rpn_proposal=dict(nms_pre=500, max_per_img=200),
-        rcnn=dict(sampler=dict(num=128))),
-    test_cfg=dict(rpn=dict(nms_pre=500, max_per_img=200)))
 
 scale = (320, 256)
 train_pipeline = [

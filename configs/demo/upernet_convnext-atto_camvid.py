@@ -3,7 +3,7 @@
 _base_ = [
     '../_base_/models/upernet_convnext-atto_narrow.py',
     '../_base_/datasets/camvid.py', '../_base_/schedules/adamw_cpu-60it.py',
-    'mmseg::_base_/default_runtime.py'
+    '../_base_/seg_runtime.py'
 ]
 
 # The label that CamVid leaves out, also where a crop is padded.
@@ -13,3 +13,6 @@ model = dict(
         size={{_base_.crop_size}}, seg_pad_val={{_base_.ignore_index}}),
     decode_head=ignored,
     auxiliary_head=ignored)
+
+default_hooks = dict(
+    logger=dict(interval=5), checkpoint=dict(interval=30, max_keep_ckpts=1))

@@ -3,7 +3,7 @@
 _base_ = [
     '../_base_/models/upernet_convnext-atto_narrow.py',
     '../_base_/datasets/shapes_semantic.py',
-    'mmseg::_base_/default_runtime.py'
+    '../_base_/seg_runtime.py'
 ]
 
 model = dict(
@@ -36,10 +36,4 @@ param_scheduler = [
 ]
 randomness = dict(seed=0)
 default_hooks = dict(
-    timer=dict(type='IterTimerHook'),
-    logger=dict(type='LoggerHook', interval=50, log_metric_by_epoch=False),
-    param_scheduler=dict(type='ParamSchedulerHook'),
-    checkpoint=dict(
-        type='CheckpointHook', by_epoch=False, interval=400, max_keep_ckpts=1),
-    sampler_seed=dict(type='DistSamplerSeedHook'),
-    visualization=dict(type='SegVisualizationHook'))
+    checkpoint=dict(interval=400, max_keep_ckpts=1))

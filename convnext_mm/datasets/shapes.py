@@ -39,7 +39,7 @@ def draw_scene(rng: np.random.Generator, size: int) -> Scene:
     for _ in range(rng.integers(2, 9)):
         label = int(rng.integers(len(CLASSES)))
         # Log-uniform: as many small shapes as large ones.
-        radius = size * math.exp(rng.uniform(math.log(0.05), math.log(0.24)))
+        radius = size * math.exp(rng.uniform(math.log(0.06), math.log(0.25)))
         center = rng.uniform(radius, size - radius, 2)
         outline = _outline(CLASSES[label], center, radius,
                            rng.uniform(0, 2 * math.pi))
@@ -126,7 +126,7 @@ def _write_split(out: Path, split: str, number: int, size: int,
 def _texture(rng: np.random.Generator, size: int) -> np.ndarray:
     """(size, size, 3) float32: colour noise at three scales."""
     image = np.full((size, size, 3), rng.uniform(60, 200, 3), np.float32)
-    for cells, strength in ((4, 35), (16, 20), (size // 4, 12)):
+    for cells, strength in ((4, 20), (16, 12), (size // 4, 6)):
         noise = rng.normal(0, strength, (cells, cells, 3)).astype(np.float32)
         image += cv2.resize(
             noise, (size, size), interpolation=cv2.INTER_CUBIC)
@@ -138,9 +138,11 @@ def _fill(rng: np.random.Generator, size: int, background: np.ndarray,
     """(size, size, 3): a random colour that differs from what is behind."""
     behind = background[mask].mean(axis=0)
     color = rng.uniform(0, 255, 3)
-    while np.abs(color - behind).max() < 60:
+    while np.abs(color - behind).max() < 80:
         color = rng.uniform(0, 255, 3)
-    return color + 0.5 * (_texture(rng, size) - behind)
+    # Textured too, around its own colour.
+    texture = _texture(rng, size)
+    return color + 0.5 * (texture - texture.mean((0, 1)))
 
 
 def _outline(name: str, center: np.ndarray, radius: float,

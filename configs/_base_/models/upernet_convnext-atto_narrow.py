@@ -1,14 +1,11 @@
-# UPerNet small enough for a CPU: the smallest ConvNeXt and narrow heads, with
+# UPerNet small enough for a CPU: the smallest ConvNeXt and narrow heads with
 # group norm, which suits batches of a few images.
-_base_ = 'mmseg::_base_/models/upernet_convnext.py'
+_base_ = './upernet_convnext.py'
 
 norm_cfg = dict(_delete_=True, type='GN', num_groups=16, requires_grad=True)
 model = dict(
     backbone=dict(
-        _delete_=True,
-        type='convnext_mm.ConvNeXt',
         arch='atto',
-        layer_scale_init_value=1.0,
         # The published initialisation (std 0.02) is for wide networks and long
         # schedules; with few channels and iterations this one learns faster.
         init_cfg=dict(

@@ -1,5 +1,6 @@
 # 36 epochs of AdamW with layer-wise learning-rate decay in mixed precision, no
-# gradient clipping; 8 GPUs x 2 images.
+# gradient clipping; 8 GPUs x 2 images. (The published runs used Apex for mixed
+# precision, level O1; it is no longer maintained, so PyTorch's own takes over.)
 train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=36, val_interval=1)
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')

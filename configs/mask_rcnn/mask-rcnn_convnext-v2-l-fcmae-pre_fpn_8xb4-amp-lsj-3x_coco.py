@@ -1,0 +1,15 @@
+# Settings: see tiny. Drop path 0.5 is our choice,
+# from the published set, the largest.
+_base_ = './mask-rcnn_convnext-v2-t-fcmae-pre_fpn_8xb4-amp-lsj-3x_coco.py'
+
+model = dict(
+    backbone=dict(
+        arch='large',
+        drop_path_rate=0.5,
+        init_cfg=dict(
+            type='Pretrained',
+            checkpoint='https://dl.fbaipublicfiles.com/convnext/'
+            'convnextv2/pt_only/convnextv2_large_1k_224_fcmae.pt')),
+    neck=dict(in_channels=[192, 384, 768, 1536]))
+
+optim_wrapper = dict(paramwise_cfg=dict(num_layers=12))

@@ -1,0 +1,13 @@
+# Settings: see tiny. Drop path 0.1 is our choice from the published set.
+_base_ = './convnext-v2-tiny_upernet_8xb2-amp-160k_ade20k-512x512.py'
+
+model = dict(
+    backbone=dict(
+        arch='femto',
+        drop_path_rate=0.1,
+        init_cfg=dict(
+            type='Pretrained',
+            checkpoint='https://dl.fbaipublicfiles.com/convnext/'
+            'convnextv2/im1k/convnextv2_femto_1k_224_ema.pt')),
+    decode_head=dict(in_channels=[48, 96, 192, 384]),
+    auxiliary_head=dict(in_channels=192))

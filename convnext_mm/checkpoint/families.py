@@ -1,0 +1,323 @@
+"""The one table of checkpoint families, and how a family is recognised.
+
+A row of :data:`FAMILIES` says how one library names the parts of a ConvNeXt.
+Names may use ``{s}`` (stage, from 0), ``{s1}`` (stage, from 1), ``{even}`` and
+``{odd}`` (2 s, 2 s + 1) and ``{b}`` (block). To add a family, add a row and a
+test. Our own layout is that of the paper's release.
+"""
+from functools import lru_cache
+from typing import Dict, Iterable, List, NamedTuple, Optional, Tuple
+
+from .errors import UnknownCheckpointError
+
+NUM_STAGES = 4
+MAX_BLOCKS = 64  # in one stage; the deepest published one has 30
+FINAL_NORM = 'final_norm'  # our name for a classifier's last normalisation
+
+
+class Family(NamedTuple):
+    """How a family names the parts of a ConvNeXt."""
+    name: str
+    origin: str
+    stem: Tuple[str, str]  # convolution, norm
+    downsample: Tuple[str, str]  # of stages 1 to 3: norm, convolution
+    block: str
+    dwconv: str
+    norm: str
+    pwconv1: str
+    pwconv2: str
+    gamma: str = 'gamma'  # layer scale, V1
+    grn: Tuple[str, str] = ('grn.gamma', 'grn.beta')  # V2
+    final_norms: Tuple[str, ...] = ()
+    out_norm: Optional[str] = None  # of each emitted stage
+    kernel: str = 'weight'  # of the convolutions after the stem
+    # A key that only this family has, where the parts are named as in another.
+    marker: Optional[str] = None
+
+
+_PAPER = dict(
+    stem=('downsample_layers.0.0', 'downsample_layers.0.1'),
+    downsample=('downsample_layers.{s}.0', 'downsample_layers.{s}.1'),
+    block='stages.{s}.{b}',
+    dwconv='dwconv',
+    norm='norm',
+    pwconv1='pwconv1',
+    pwconv2='pwconv2')
+_TIMM = dict(
+    stem=('stem.0', 'stem.1'),
+    downsample=('stages.{s}.downsample.0', 'stages.{s}.downsample.1'),
+    block='stages.{s}.blocks.{b}',
+    dwconv='conv_dw',
+    norm='norm',
+    pwconv1='mlp.fc1',
+    pwconv2='mlp.fc2',
+    grn=('mlp.grn.weight', 'mlp.grn.bias'))
+
+FAMILIES = (
+    Family(
+        'paper',
+        "the paper's release, V1 and V2, classifiers and fine-tuned detectors "
+        'and segmentors; convnext_mm',
+        **_PAPER,
+        final_norms=('norm', ),
+        out_norm='norm{s}'),
+    Family(
+        'dinov3',
+        "DINOv3's release",
+        **_PAPER,
+        final_norms=('norm', ),
+        marker='norms.3.weight'),
+    Family(
+        'fcmae',
+        'masked pretraining of ConvNeXt V2, sparse convolutions',
+        **{
+            **_PAPER, 'downsample':
+            ('downsample_layers.{s}.0.ln', 'downsample_layers.{s}.1'),
+            'norm': 'norm.ln',
+            'pwconv1': 'pwconv1.linear',
+            'pwconv2': 'pwconv2.linear'
+        },
+        kernel='kernel'),
+    Family(
+        'timm',
+        'timm, V1 and V2, linear or 1x1-convolution MLP',
+        **_TIMM,
+        final_norms=('head.norm', 'norm_pre')),
+    Family(
+        'open_clip',
+        'OpenCLIP, with a timm trunk',
+        **_TIMM,
+        final_norms=('head.norm', 'norm_pre'),
+        marker='visual.trunk.stem.0.weight'),
+    Family(
+        'timm_features',
+        'timm with features_only=True',
+        **{
+            **_TIMM, 'stem': ('stem_0', 'stem_1'),
+            'downsample':
+            ('stages_{s}.downsample.0', 'stages_{s}.downsample.1'),
+            'block': 'stages_{s}.blocks.{b}'
+        }),
+    Family(
+        'torchvision',
+        'torchvision',
+        stem=('features.0.0', 'features.0.1'),
+        downsample=('features.{even}.0', 'features.{even}.1'),
+        block='features.{odd}.{b}',
+        dwconv='block.0',
+        norm='block.2',
+        pwconv1='block.3',
+        pwconv2='block.5',
+        gamma='layer_scale',
+        final_norms=('classifier.0', )),
+    Family(
+        'huggingface',
+        'transformers: ConvNext and ConvNextV2',
+        stem=('embeddings.patch_embeddings', 'embeddings.layernorm'),
+        downsample=('encoder.stages.{s}.downsampling_layer.0',
+                    'encoder.stages.{s}.downsampling_layer.1'),
+        block='encoder.stages.{s}.layers.{b}',
+        dwconv='dwconv',
+        norm='layernorm',
+        pwconv1='pwconv1',
+        pwconv2='pwconv2',
+        gamma='layer_scale_parameter',
+        grn=('grn.weight', 'grn.bias'),
+        final_norms=('layernorm', ),
+        out_norm='hidden_states_norms.stage{s1}'),
+    Family(
+        'huggingface_dinov3',
+        'transformers: DINOv3 ConvNext',
+        stem=('stages.0.downsample_layers.0', 'stages.0.downsample_layers.1'),
+        downsample=('stages.{s}.downsample_layers.0',
+                    'stages.{s}.downsample_layers.1'),
+        block='stages.{s}.layers.{b}',
+        dwconv='depthwise_conv',
+        norm='layer_norm',
+        pwconv1='pointwise_conv1',
+        pwconv2='pointwise_conv2',
+        final_norms=('layer_norm', )),
+    Family(
+        'mmpretrain',
+        'mmpretrain classifiers, and MMDetection and MMSegmentation models on '
+        'its backbone',
+        **{
+            **_PAPER, 'dwconv': 'depthwise_conv',
+            'pwconv1': 'pointwise_conv1',
+            'pwconv2': 'pointwise_conv2'
+        },
+        out_norm='norm{s}'),
+)
+
+# Leftovers that are expected, by the first pattern of each that a key contains
+# (dots mark whole parts of a name).
+LEFTOVERS: Dict[str, Tuple[str, ...]] = {
+    'text tower': ('.text.', '.transformer.', '.token_embedding.',
+                   '.positional_embedding.', '.ln_final.', '.logit_scale.',
+                   '.logit_bias.', '.text_projection.', '.visual.head.'),
+    'decoder of masked pretraining': ('.decoder.', '.mask_token.', '.proj.',
+                                      '.pred.'),
+    'detector or segmentor parts': (
+        '.neck.', '.rpn_head.', '.roi_head.', '.bbox_head.', '.mask_head.',
+        '.decode_head.', '.auxiliary_head.', '.data_preprocessor.'),
+    'final norm': ('.norm.', '.norms.', '.layernorm.', '.layer_norm.',
+                   '.final_norm.', '.norm_pre.', '.head.norm.',
+                   '.classifier.0.'),
+    'classifier head': ('.head.', '.classifier.', '.fc.'),
+    'output norms that the model does not build':
+    ('.norm0.', '.norm1.', '.norm2.', '.norm3.', '.hidden_states_norms.'),
+    'averaged copy of another training state': ('.ema_state_dict.', ),
+}
+# A container or prefix of these names holds an averaged copy of the weights.
+EMA_NAMES = ('model_ema', 'state_dict_ema', 'ema', 'ema_model')
+# MMEngine saves the averaged weights as state_dict and the others here.
+SWAPPED_EMA = 'ema_state_dict'
+
+
+def _affine(ours: str, theirs: str, weight: str = 'weight') -> Dict[str, str]:
+    return {
+        f'{theirs}.{weight}': f'{ours}.weight',
+        f'{theirs}.bias': f'{ours}.bias'
+    }
+
+
+def _names_of(family: Family) -> Dict[str, str]:
+    """Every name that the family can give a parameter, to ours."""
+    names = {}
+    for s in range(NUM_STAGES):
+        place = dict(s=s, s1=s + 1, even=2 * s, odd=2 * s + 1)
+        for i, layer in enumerate(family.downsample if s else family.stem):
+            is_kernel = s > 0 and i == 1
+            names.update(
+                _affine(f'downsample_layers.{s}.{i}', layer.format(**place),
+                        family.kernel if is_kernel else 'weight'))
+        for b in range(MAX_BLOCKS):
+            theirs = family.block.format(**place, b=b)
+            ours = f'stages.{s}.{b}'
+            names.update(
+                _affine(f'{ours}.dwconv', f'{theirs}.{family.dwconv}',
+                        family.kernel))
+            for part in ('norm', 'pwconv1', 'pwconv2'):
+                names.update(
+                    _affine(f'{ours}.{part}',
+                            f'{theirs}.{getattr(family, part)}'))
+            names[f'{theirs}.{family.gamma}'] = f'{ours}.gamma'
+            names[f'{theirs}.{family.grn[0]}'] = f'{ours}.grn.gamma'
+            names[f'{theirs}.{family.grn[1]}'] = f'{ours}.grn.beta'
+    return names
+
+
+def norm_names(family: Family) -> Dict[str, str]:
+    """The family's names of norms outside the stages, to ours."""
+    names = {}
+    for final_norm in family.final_norms:
+        names.update(_affine(FINAL_NORM, final_norm))
+    if family.out_norm is not None:
+        for s in range(NUM_STAGES):
+            names.update(
+                _affine(f'norm{s}', family.out_norm.format(s=s, s1=s + 1)))
+    return names
+
+
+@lru_cache(maxsize=None)
+def _all_names() -> Dict[str, Dict[str, str]]:
+    """name in some family -> {family: our name}."""
+    names: Dict[str, Dict[str, str]] = {}
+    for family in FAMILIES:
+        for theirs, ours in _names_of(family).items():
+            names.setdefault(theirs, {})[family.name] = ours
+    return names
+
+
+class Recognised(NamedTuple):
+    """A ConvNeXt found among the keys of a checkpoint."""
+    family: Family
+    prefix: str
+    names: Dict[str, str]  # key without prefix -> our name
+
+
+def recognise(keys: Iterable[str]) -> List[Recognised]:
+    """Every ConvNeXt among the keys, by prefix; the largest first.
+
+    A ConvNeXt is what has parameters of stem, downsampling layers or stages
+    named as in one family, all behind the same prefix. Where names fit several
+    families the one that explains most keys is taken, then one whose marker is
+    there.
+    """
+    keys = list(keys)
+    found: Dict[str, Dict[str, Dict[str, str]]] = {}
+    for key in keys:
+        start = 0
+        while start >= 0:
+            for family, ours in _all_names().get(key[start:], {}).items():
+                found.setdefault(key[:start],
+                                 {}).setdefault(family,
+                                                {})[key[start:]] = ours
+            dot = key.find('.', start)
+            start = dot + 1 if dot >= 0 else -1
+
+    marked = {
+        family.name
+        for family in FAMILIES if family.marker is not None and any(
+            f'.{key}'.endswith(f'.{family.marker}') for key in keys)
+    }
+    results = []
+    for prefix, by_family in found.items():
+        best = max(
+            (family for family in FAMILIES if family.name in by_family
+             and (family.marker is None or family.name in marked)),
+            key=lambda family: (len(by_family[family.name]), family.marker is
+                                not None))
+        results.append(Recognised(best, prefix, by_family[best.name]))
+    return sorted(results, key=lambda result: -len(result.names))
+
+
+def choose(found: List[Recognised],
+           prefix: Optional[str]) -> Tuple[Recognised, bool]:
+    """The ConvNeXt to load, and whether it is an averaged (EMA) copy.
+
+    Raises:
+        UnknownCheckpointError: There is none, or several and no ``prefix``
+            says which.
+    """
+    if prefix is not None:
+        found = _behind(found, prefix)
+    averaged = [r for r in found if set(r.prefix.split('.')) & set(EMA_NAMES)]
+    found = averaged or [
+        r for r in found if SWAPPED_EMA not in r.prefix.split('.')
+    ] or found
+    if not found:
+        raise UnknownCheckpointError(
+            'no ConvNeXt weights of a known family are in it; known are '
+            f'{", ".join(family.name for family in FAMILIES)}')
+    if len(found) > 1:
+        places = ', '.join(f'{r.prefix!r} ({len(r.names)} parameters)'
+                           for r in found[:4])
+        raise UnknownCheckpointError(
+            f'ConvNeXt parameters lie in more than one place: {places}. '
+            'Either keys are doubled, or there are several networks: then '
+            'name one with prefix=...')
+    return found[0], bool(averaged)
+
+
+def _behind(found: List[Recognised], prefix: str) -> List[Recognised]:
+    wanted = prefix.rstrip('.') + '.' if prefix else ''
+    kept = [
+        r for r in found if not wanted or f'.{r.prefix}'.endswith(f'.{wanted}')
+        or f'.{wanted}' in f'.{r.prefix}'
+    ]
+    if not kept:
+        places = ', '.join(repr(r.prefix) for r in found[:4]) or 'nowhere'
+        raise UnknownCheckpointError(
+            f'no ConvNeXt weights lie behind prefix={prefix!r}; they were '
+            f'found behind: {places}')
+    return kept
+
+
+def label_leftover(key: str) -> str:
+    """What a key that the backbone does not use belongs to."""
+    dotted = f'.{key}.'
+    for label, patterns in LEFTOVERS.items():
+        if any(pattern in dotted for pattern in patterns):
+            return label
+    return 'unknown'

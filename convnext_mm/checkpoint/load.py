@@ -1,0 +1,399 @@
+"""Public loading functions, and fitting a checkpoint to a backbone."""
+import logging
+import os
+from contextlib import contextmanager
+from typing import (Any, Dict, Iterator, List, Mapping, Optional, Sequence,
+                    Tuple, Union)
+
+import torch
+from mmengine.logging import print_log
+from mmengine.model import PretrainedInit, update_init_info
+from torch import Tensor, nn
+
+from .convert import (INSIDE, Report, Spec, check_complete, convert,
+                      infer_spec, summarise)
+from .errors import CheckpointError, CheckpointMismatchError
+from .families import FINAL_NORM
+from .reader import read_checkpoint
+from .remote import fetch
+
+Source = Union[str, os.PathLike]
+InitCfg = Union[dict, Sequence[dict], None]
+
+
+def load_checkpoint(source: Source,
+                    prefix: Optional[str] = None,
+                    trust_pickle: bool = False) -> Dict[str, Tensor]:
+    """Reads the ConvNeXt of any known checkpoint, safely.
+
+    Args:
+        source: A file, ``https://...``, ``hf://org/name[/file]`` or
+            ``timm://name``.
+        prefix: Which network, where the checkpoint holds several.
+        trust_pickle: Vouch for a file you made yourself: its pickle is
+            executed, whatever it holds.
+
+    Returns:
+        State dict of :class:`convnext_mm.ConvNeXt`, complete; output norms only
+        where the checkpoint has them, a classifier's final norm not. Tensors
+        are mapped from the file where its format allows: do not overwrite it
+        while you use them.
+
+    Raises:
+        CheckpointError: The message says what is wrong and what to do.
+
+    Examples:
+        >>> state_dict = load_checkpoint('convnext_tiny_22k_224.pth')
+    """
+    state, report = read_backbone(source, prefix, trust_pickle)
+    with _naming(source):
+        check_complete(state, report)
+    _log_findings(source, report)
+    return without_final_norm(state, report)
+
+
+def convert_state_dict(
+        state_dict: Mapping[str, Any]) -> Tuple[Dict[str, Tensor], str]:
+    """Gives the ConvNeXt in a loaded checkpoint our names and shapes.
+
+    Args:
+        state_dict: A state dict of any known family, wrapped or not.
+
+    Returns:
+        The complete state dict of :class:`convnext_mm.ConvNeXt`, as
+        :func:`load_checkpoint` gives it, and the name of the family.
+
+    Raises:
+        CheckpointError: No ConvNeXt, several, or an incomplete one.
+    """
+    if not isinstance(state_dict, Mapping):
+        raise TypeError('state_dict must be a dictionary of tensors, got '
+                        f'{type(state_dict).__name__}')
+    state, report = convert(state_dict)
+    check_complete(state, report)
+    _log_findings('the state dict', report)
+    return without_final_norm(state, report), report.family.name
+
+
+def read_backbone(source: Source,
+                  prefix: Optional[str] = None,
+                  trust_pickle: bool = False
+                  ) -> Tuple[Dict[str, Tensor], Report]:
+    """As :func:`load_checkpoint`, with the report, a final norm as
+    ``final_norm.*``, and without a check that it is complete."""
+    checkpoint = read_checkpoint(fetch(source), trust_pickle=trust_pickle)
+    with _naming(source):
+        return convert(checkpoint, prefix)
+
+
+def without_final_norm(state: Mapping[str, Tensor],
+                       report: Report) -> Dict[str, Tensor]:
+    """The state dict without a classifier's last norm, which becomes a leftover
+    in the report."""
+    final = [name for name in state if name.startswith(FINAL_NORM)]
+    if final:
+        report.leftovers.setdefault('final norm', []).extend(
+            report.used.pop(name) for name in final)
+    return {name: t for name, t in state.items() if name not in final}
+
+
+def load_pretrained(backbone: nn.Module,
+                    source: Source,
+                    prefix: Optional[str] = None) -> None:
+    """Loads a checkpoint into a :class:`convnext_mm.ConvNeXt`: all that the
+    backbone has, or nothing and an error.
+
+    Args:
+        backbone: The model; its ``allow_partial`` and
+            ``gap_before_final_norm`` count.
+        source: As for :func:`load_checkpoint`.
+        prefix: Which network, where the checkpoint holds several.
+
+    Raises:
+        CheckpointError: It cannot be read, or does not fit.
+    """
+    state, report = read_backbone(source, prefix)
+    with _naming(source):
+        fitted = fit(backbone, state, report)
+    params = dict(backbone.named_parameters())
+    with torch.no_grad():
+        for name, tensor in fitted.items():
+            params[name].copy_(tensor)
+    _log_findings(source, report)
+
+
+class SafePretrainedInit(PretrainedInit):
+    """MMEngine's initializer of the same arguments, for a ConvNeXt."""
+
+    def __call__(self, module: nn.Module) -> None:
+        load_pretrained(module, self.checkpoint, self.prefix)
+        if hasattr(module, '_params_init_info'):
+            update_init_info(module, init_info=self._get_init_info())
+
+
+def use_safe_loader(init_cfg: InitCfg) -> InitCfg:
+    """``init_cfg`` with :class:`SafePretrainedInit` for ``'Pretrained'``,
+    last, as MMEngine has it."""
+    cfgs = init_cfg if isinstance(init_cfg, (list, tuple)) else [init_cfg]
+    names = ('Pretrained', PretrainedInit)
+    pretrained = [cfg for cfg in cfgs if cfg and cfg.get('type') in names]
+    if not pretrained:
+        return init_cfg
+    return [cfg for cfg in cfgs if cfg not in pretrained
+            ] + [{**cfg, 'type': SafePretrainedInit} for cfg in pretrained]
+
+
+def convert_in_place(backbone: nn.Module, state_dict: Dict[str, Tensor],
+                     prefix: str) -> None:
+    """Gives the part of a whole model's state dict that is for the backbone our
+    names, whichever family's it has, and checks that it is complete.
+
+    Args:
+        backbone: A :class:`convnext_mm.ConvNeXt` that is about to load.
+        state_dict: Of the whole model; changed where names differ.
+        prefix: Of the backbone's names in it.
+
+    Raises:
+        CheckpointError: The backbone's part is not a ConvNeXt, or does not fit.
+    """
+    keys = [key for key in state_dict if key.startswith(prefix)]
+    if not keys:
+        return
+    part = {key[len(prefix):]: state_dict[key] for key in keys}
+    with _naming(f'the state dict behind {prefix!r}' if prefix else
+                 'the state dict'):
+        state, report = convert(part)
+        fitted = fit(backbone, state, report)
+    if all(name in fitted and fitted[name].shape == tensor.shape
+           for name, tensor in part.items()):
+        return  # our own names
+    for key in keys:
+        del state_dict[key]
+    state_dict.update({prefix + name: t for name, t in fitted.items()})
+    _log_findings('the backbone', report)
+
+
+def fit(backbone: nn.Module, state: Mapping[str, Tensor],
+        report: Report) -> Dict[str, Tensor]:
+    """What of a converted state dict goes into which parameter of a backbone.
+
+    Args:
+        backbone: A :class:`convnext_mm.ConvNeXt`.
+        state: Of :func:`convnext_mm.checkpoint.convert.convert`.
+        report: Of the same; gets what is left out.
+
+    Returns:
+        Tensors with the names and shapes of the backbone's parameters.
+
+    Raises:
+        CheckpointMismatchError: A parameter of stem, downsampling layers or
+            stages is missing, superfluous or of another shape, and the backbone
+            has not ``allow_partial``.
+    """
+    params = dict(backbone.named_parameters())
+    state = dict(state)
+    last = f'norm{backbone.out_indices[-1]}'
+    if backbone.gap_before_final_norm and f'{last}.weight' not in state:
+        for leaf in ('weight', 'bias'):
+            if f'{FINAL_NORM}.{leaf}' in state:
+                state[f'{last}.{leaf}'] = state.pop(f'{FINAL_NORM}.{leaf}')
+    num_stages = len(backbone.stages)
+    _adapt_stem(state, params)
+    body = {name for name in params if not name.startswith('norm')}
+    missing = [name for name in body if name not in state]
+    wrong = [
+        name for name, param in params.items()
+        if name in state and state[name].shape != param.shape
+    ]
+    extra = report.leftovers.get(INSIDE, []) + [
+        name for name in state
+        if name not in params and _stage(name) < num_stages
+    ]
+    if missing or wrong or extra:
+        message = _diagnose(
+            params, state, report, sorted(missing), wrong, extra)
+        if not backbone.allow_partial:
+            raise CheckpointMismatchError(
+                f'{message}\nNothing was loaded. To load what fits and leave '
+                'the rest as it is: allow_partial=True on the backbone')
+        if len(missing) + len(wrong) >= len(params):
+            raise CheckpointMismatchError(
+                f'{message}\nNothing fits, not even with allow_partial')
+        print_log(
+            f'allow_partial: {message}\nThe rest is loaded',
+            logger='current',
+            level=logging.WARNING)
+    fitted = {
+        name: tensor
+        for name, tensor in state.items() if name in params
+        and name not in wrong
+    }
+    _note_unused(state, params, report)
+    _log_norms(params, fitted)
+    return fitted
+
+
+def _stage(name: str) -> int:
+    """Stage of a parameter of ours; norms belong to none (a large number)."""
+    part, number = name.split('.')[:2]
+    return int(number) if part in ('stages', 'downsample_layers') else 99
+
+
+def _adapt_stem(state: Dict[str, Tensor], params: Mapping[str,
+                                                          Tensor]) -> None:
+    """Makes the stem of an RGB network take another number of channels.
+
+    Fewer channels get the average over red, green and blue; more repeat them in
+    turn. Both are scaled by 3 / in_channels, so that an image whose channels
+    are all alike gives (for a multiple of 3, and for fewer than 3 channels,
+    exactly) what it gave before.
+    """
+    name = 'downsample_layers.0.0.weight'
+    if name not in state:
+        return
+    weight, wanted = state[name], params[name].shape[1]
+    if weight.shape[1] != 3 or wanted == 3:
+        return
+    if wanted < 3:
+        weight = weight.mean(1, keepdim=True).repeat(1, wanted, 1, 1)
+    else:
+        weight = weight[:, torch.arange(wanted) % 3]
+    state[name] = weight * (3 / wanted)
+    print_log(
+        f'The checkpoint takes 3 channels, the backbone {wanted}: the '
+        f'stem is {"averaged" if wanted < 3 else "repeated"} over channels '
+        f'and scaled by 3 / {wanted}',
+        logger='current')
+
+
+def _diagnose(params: Mapping[str, Tensor], state: Mapping[str, Tensor],
+              report: Report, missing: List[str], wrong: List[str],
+              extra: List[str]) -> str:
+    """What differs between a checkpoint and a backbone, in a few lines."""
+    theirs, ours = report.spec, infer_spec(params)
+    lines = [f'{report.headline()}, does not fit the backbone ({ours}):']
+    lines += [f'- {hint}' for hint in _hints(theirs, ours)]
+    for what, names in (('missing in the checkpoint', missing),
+                        ('not in the backbone', extra)):
+        if names:
+            lines.append(f'- {len(names)} parameters {what}: '
+                         f'{_group(names)}')
+    if wrong:
+        lines.append(
+            f'- {len(wrong)} parameters of another shape, such as ' + ', '.
+            join(f'{name} {tuple(state[name].shape)}, in the backbone '
+                 f'{tuple(params[name].shape)}' for name in wrong[:2]))
+    return '\n'.join(lines)
+
+
+def _hints(theirs: Spec, ours: Spec) -> List[str]:
+    n = min(len(theirs.depths), len(ours.depths))
+    hints = []
+    if n < len(ours.depths):
+        hints.append(f'the checkpoint has only the first {n} stages: emit no '
+                     'later ones (out_indices), or take another checkpoint')
+    if (theirs.depths[:n], theirs.channels[:n]) != (ours.depths[:n],
+                                                    ours.channels[:n]):
+        arch = (
+            repr(theirs.arch) if '(' not in theirs.arch
+            and ' or ' not in theirs.arch else theirs.arch)
+        hints.append(f'the checkpoint is {theirs.arch}, the config says '
+                     f'{ours.arch}: set arch={arch}')
+    if theirs.use_grn != ours.use_grn:
+        hints.append(
+            'these are ConvNeXt V2 weights, the backbone is V1: set '
+            'use_grn=True' if theirs.use_grn else
+            'these are ConvNeXt V1 weights, the backbone is V2: set '
+            'use_grn=False')
+    elif theirs.layer_scale != ours.layer_scale:
+        hints.append(
+            'the checkpoint has layer scale, the backbone not: set '
+            'layer_scale_init_value=1e-6' if theirs.layer_scale else
+            'the checkpoint has no layer scale: set layer_scale_init_value=0')
+    for setting in ('in_channels', 'stem_patch_size', 'kernel_size'):
+        value = getattr(theirs, setting)
+        if value != getattr(ours, setting):
+            reason = (f'its first layer has {value} channels'
+                      if setting == 'in_channels' else
+                      f'its {setting} is {value}')
+            hints.append(f'{reason}, the backbone {getattr(ours, setting)}: '
+                         f'set {setting}={value}')
+    ratios = {h / c for h, c in zip(theirs.hidden, theirs.channels) if c}
+    if len(ratios) == 1 and ratios != {
+            h / c
+            for h, c in zip(ours.hidden, ours.channels)
+    }:
+        hints.append(f'its mlp_ratio is {ratios.pop():g}: set mlp_ratio')
+    return hints
+
+
+def _group(names: List[str]) -> str:
+    """Parameter names; those of several blocks of a stage counted instead of
+    listed."""
+    groups: Dict[str, List[str]] = {}
+    for name in names:
+        parts = name.split('.')
+        if parts[0] == 'stages' and len(parts) > 3:
+            parts[2] = '*'
+        groups.setdefault('.'.join(parts), []).append(name)
+    shown = [
+        group[0] if len(group) == 1 else f'{pattern} ({len(group)} blocks)'
+        for pattern, group in groups.items()
+    ]
+    return summarise(shown, limit=6)
+
+
+def _note_unused(state: Mapping[str, Tensor], params: Mapping[str, Tensor],
+                 report: Report) -> None:
+    for name in state:
+        if name in params:
+            continue
+        if name.startswith(FINAL_NORM):
+            label = 'final norm'
+        elif name.startswith('norm'):
+            label = 'output norms that the model does not build'
+        else:
+            label = 'stages that the model does not build'
+        report.leftovers.setdefault(label, []).append(report.used[name])
+
+
+def _log_norms(params: Mapping[str, Tensor],
+               fitted: Mapping[str, Tensor]) -> None:
+    kept = sorted({
+        name.split('.')[0]
+        for name in params if name.startswith('norm') and name not in fitted
+    })
+    if kept:
+        print_log(
+            f'Output norms that the checkpoint lacks keep their initial '
+            f'values: {", ".join(kept)}',
+            logger='current')
+
+
+def _log_findings(source: Source, report: Report) -> None:
+    print_log(
+        f'Weights of {source}: {report.headline()}, '
+        f'{len(report.used)} tensors',
+        logger='current')
+    if report.leftovers:
+        print_log(f'Left out: {report.leftover_line()}', logger='current')
+    warn_not_finite(report)
+
+
+def warn_not_finite(report: Report) -> None:
+    """Names weights that are NaN or Inf."""
+    if report.not_finite:
+        print_log(
+            f'{len(report.not_finite)} weights hold NaN or Inf: '
+            f'{summarise(report.not_finite, 10)}',
+            logger='current',
+            level=logging.WARNING)
+
+
+@contextmanager
+def _naming(source: Source) -> Iterator[None]:
+    """Puts the source before the message of a checkpoint error."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise type(error)(f'{source}: {error}') from error

@@ -1,0 +1,74 @@
+"""A small ConvNeXt, its checkpoint, and where results for the docs go."""
+import json
+import os
+from pathlib import Path
+from typing import Dict
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from convnext_mm import ConvNeXt
+
+ARCH = dict(depths=[1, 2, 1, 1], channels=[8, 12, 16, 20])
+
+
+def randomise(model: nn.Module) -> nn.Module:
+    """Weights that let every parameter show in the output."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for param in model.parameters():
+            param.copy_(torch.randn(param.shape, generator=generator) * 0.3)
+    return model.eval()
+
+
+@pytest.fixture
+def arch() -> dict:
+    return ARCH
+
+
+@pytest.fixture
+def model() -> ConvNeXt:
+    return randomise(ConvNeXt(ARCH))
+
+
+@pytest.fixture
+def weights(model) -> Dict[str, Tensor]:
+    """State dict of a V1 backbone with output norms."""
+    return dict(model.state_dict())
+
+
+@pytest.fixture
+def features():
+    """Outputs for a fixed image."""
+
+    def run(model: nn.Module, channels: int = 3):
+        image = torch.rand(
+            1, channels, 64, 96, generator=torch.Generator().manual_seed(1))
+        with torch.no_grad():
+            return model.eval()(image)
+
+    return run
+
+
+@pytest.fixture
+def log(monkeypatch):
+    """Messages that checkpoint code logs."""
+    import convnext_mm.checkpoint.load as load
+    messages = []
+    monkeypatch.setattr(load, 'print_log',
+                        lambda message, **_: messages.append(message))
+    return messages
+
+
+@pytest.fixture(scope='session')
+def record():
+    """``record(table, row, value)`` collects results; with
+    CONVNEXT_MM_RESULTS=FOLDER each table is written there as JSON."""
+    tables: Dict[str, dict] = {}
+    yield lambda table, row, value: tables.setdefault(table, {}).update(
+        {row: value})
+    folder = os.environ.get('CONVNEXT_MM_RESULTS')
+    for table, rows in tables.items() if folder else ():
+        (Path(folder) / f'{table}.json').write_text(
+            json.dumps(rows, indent=2) + '\n')
