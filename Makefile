@@ -2,10 +2,11 @@ PYTHON ?= python3
 RUN := .venv/bin/python
 TESTS ?= tests
 
-.PHONY: help setup demo test lint clean
+.PHONY: help setup demo demo-seg test lint clean
 
 help:
 	@echo "make demo   set up, train a small Mask R-CNN on drawn shapes, show what it finds"
+	@echo "make demo-seg   the same with UPerNet, a segmentor"
 	@echo "make test   set up, run the tests"
 	@echo "make setup  only make .venv with everything in it"
 	@echo "make lint   check the style"
@@ -17,6 +18,10 @@ setup:
 demo: setup
 	@$(RUN) tools/demo.py configs/demo/mask-rcnn_convnext-atto_shapes.py \
 	    --work-dir work_dirs/demo --require bbox_mAP_50=0.70 segm_mAP_50=0.70
+
+demo-seg: setup
+	@$(RUN) tools/demo.py configs/demo/upernet_convnext-atto_shapes.py \
+	    --work-dir work_dirs/demo-seg --require mIoU=0.80
 
 test: setup
 	@$(RUN) -m pytest $(TESTS)

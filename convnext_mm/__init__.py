@@ -7,6 +7,7 @@ except ModuleNotFoundError as error:
         ' or mmengine: install one, for example with `pip install '
         'onedl-mmengine`') from error
 
+from . import compat  # noqa: F401
 from .backbone import ConvNeXt
 from .checkpoint import (CheckpointError, convert_state_dict,
                          load_checkpoint)

@@ -15,6 +15,7 @@ from .layer_id import default_num_layers, get_layer_id
 from .registry import MODELS, register
 
 NUM_STAGES = 4
+OUTPUT_STRIDES = (8, 16, 32)
 
 # What mmpretrain's ConvNeXt has and this one does not vary: its defaults.
 MMPRETRAIN_DEFAULTS = dict(
@@ -32,6 +33,14 @@ class LayerNorm2d(nn.LayerNorm):
         x = F.layer_norm(x, self.normalized_shape, self.weight, self.bias,
                          self.eps)
         return x.permute(0, 3, 1, 2)
+
+
+class PaddedConv2d(nn.Conv2d):
+    """Conv2d that sees one column of zeros to the right of its input and one
+    row below: a 2 x 2 kernel at stride 1 keeps the size."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(F.pad(x, (0, 1, 0, 1)))
 
 
 @register(MODELS)
@@ -61,6 +70,10 @@ class ConvNeXt(BaseModule):
         out_indices: Stages to emit, an int or a sequence; negative ones count
             from the last stage. Maps come in stage order.
         out_norm: Whether emitted maps pass a LayerNorm of their own.
+        output_stride: 8 or 16: no map is coarser than that, by dilation in
+            place of downsampling, for heads of semantic segmentation; weights
+            and their names stay, values are those of timm's. 32: nothing is
+            dilated.
         frozen_stages: 0 or -1 freezes nothing; k freezes the stem, the first k
             stages and the downsampling layers before them.
         gap_before_final_norm: Emit (N, C_i), pooled and then normalised, for
@@ -113,6 +126,7 @@ class ConvNeXt(BaseModule):
                  layer_scale_init_value: float = 1e-6,
                  out_indices: Union[int, Sequence[int]] = (0, 1, 2, 3),
                  out_norm: bool = True,
+                 output_stride: int = 32,
                  frozen_stages: int = 0,
                  gap_before_final_norm: bool = False,
                  with_cp: bool = False,
@@ -150,6 +164,8 @@ class ConvNeXt(BaseModule):
         _number('layer_scale_init_value', layer_scale_init_value)
         if impl not in IMPL_NAMES:
             raise ValueError(f'unknown impl {impl!r}; one of {IMPL_NAMES}')
+        self.output_stride = _parse_output_stride(output_stride,
+                                                  self.stem_patch_size)
         _check_mmpretrain_defaults(
             norm_cfg=norm_cfg, act_cfg=act_cfg, linear_pw_conv=linear_pw_conv)
 
@@ -160,6 +176,7 @@ class ConvNeXt(BaseModule):
         self.stages = nn.ModuleList()
         for i in range(self.out_indices[-1] + 1):
             width = self.channels[i]
+            dilation = self._dilation(i)
             if i == 0:  # the stem
                 layer = nn.Sequential(
                     nn.Conv2d(self.in_channels, width, stem_patch_size,
@@ -168,7 +185,7 @@ class ConvNeXt(BaseModule):
             else:
                 layer = Downsample(
                     LayerNorm2d(self.channels[i - 1], eps=norm_eps),
-                    nn.Conv2d(self.channels[i - 1], width, 2, 2),
+                    _downsample_conv(self.channels[i - 1], width, dilation),
                     impl=impl)
             self.downsample_layers.append(layer)
             self.stages.append(
@@ -181,6 +198,7 @@ class ConvNeXt(BaseModule):
                     drop_path=next(drop_path_rates),
                     layer_scale_init_value=layer_scale_init_value,
                     with_cp=with_cp,
+                    dilation=dilation,
                     impl=impl) for _ in range(self.depths[i]))))
             if out_norm and i in self.out_indices:
                 self.add_module(f'norm{i}', LayerNorm2d(width, eps=norm_eps))
@@ -197,8 +215,9 @@ class ConvNeXt(BaseModule):
 
         Returns:
             One (N, C_i, H / s_i, W / s_i) for each emitted stage, strides s_i
-            of 4, 8, 16, 32 (sizes rounded down) for ``stem_patch_size=4``, in
-            contiguous memory; or (N, C_i) with ``gap_before_final_norm``.
+            of 4, 8, 16, 32 (sizes rounded down) for ``stem_patch_size=4``, none
+            above ``output_stride``, in contiguous memory; or (N, C_i) with
+            ``gap_before_final_norm``.
 
         Raises:
             TypeError, ValueError: ``x`` has another type, rank, number of
@@ -290,6 +309,13 @@ class ConvNeXt(BaseModule):
         return (get_layer_id(param_name, num_layers,
                              prefix=prefix), num_layers + 2)
 
+    def _dilation(self, stage: int) -> int:
+        """What a stage must dilate by to see as far as without
+        ``output_stride``."""
+        if self.output_stride == 32:
+            return 1
+        return max(1, self.stem_patch_size * 2**stage // self.output_stride)
+
     def _freeze(self) -> None:
         for i in range(min(self.frozen_stages, len(self.stages))):
             for module in (self.downsample_layers[i], self.stages[i]):
@@ -316,6 +342,18 @@ class ConvNeXt(BaseModule):
             raise ValueError(
                 f'the input must be at least {min_size} x {min_size} pixels, '
                 f'got {x.shape[2]} x {x.shape[3]}: pad or resize it')
+
+
+def _downsample_conv(in_channels: int, out_channels: int,
+                     dilation: int) -> nn.Conv2d:
+    """The 2 x 2 convolution before a stage of dilation 1, 2 or more: halves the
+    map, or keeps its size. As timm has it, it is itself dilated where an
+    earlier stage was already."""
+    if dilation == 1:
+        return nn.Conv2d(in_channels, out_channels, 2, stride=2)
+    if dilation == 2:
+        return PaddedConv2d(in_channels, out_channels, 2)
+    return nn.Conv2d(in_channels, out_channels, 2, padding=1, dilation=2)
 
 
 def _init_weights(module: nn.Module) -> None:
@@ -381,6 +419,19 @@ def _parse_out_indices(
         raise ValueError('out_indices must name at least one stage and none '
                          f'twice, got {out_indices!r}')
     return tuple(sorted(stages))
+
+
+def _parse_output_stride(output_stride: int, stem_patch_size: int) -> int:
+    _integer('output_stride', output_stride, 1)
+    if output_stride not in OUTPUT_STRIDES:
+        raise ValueError(f'output_stride must be one of {OUTPUT_STRIDES}, got '
+                         f'{output_stride}')
+    if output_stride != 32 and output_stride < stem_patch_size:
+        raise ValueError(
+            f'output_stride={output_stride} is below the stride of the stem, '
+            f'stem_patch_size={stem_patch_size}: raise output_stride or lower '
+            'stem_patch_size')
+    return int(output_stride)
 
 
 def _check_mmpretrain_defaults(**settings) -> None:

@@ -90,6 +90,7 @@ class Block(nn.Module):
         drop_path: Probability that a sample skips the block in training.
         layer_scale_init_value: Initial gamma; 0 or less: no layer scale.
         with_cp: Recompute the block in backward instead of storing it.
+        dilation: Of the depthwise convolution, padded to keep the size.
         impl: ``'auto'`` or one implementation's name.
     """
 
@@ -102,6 +103,7 @@ class Block(nn.Module):
                  drop_path: float = 0.,
                  layer_scale_init_value: float = 1e-6,
                  with_cp: bool = False,
+                 dilation: int = 1,
                  impl: str = 'auto') -> None:
         super().__init__()
         hidden = int(mlp_ratio * channels)
@@ -109,7 +111,8 @@ class Block(nn.Module):
             channels,
             channels,
             kernel_size,
-            padding=kernel_size // 2,
+            padding=dilation * (kernel_size // 2),
+            dilation=dilation,
             groups=channels)
         self.norm = nn.LayerNorm(channels, eps=norm_eps)
         self.pwconv1 = nn.Linear(channels, hidden)

@@ -1,6 +1,7 @@
 """What ``tools/train.py`` and ``tools/test.py`` share: reading a config,
 fitting it to the machine, and checking its data before anything starts."""
 import argparse
+import contextlib
 import difflib
 import os
 import os.path as osp
@@ -13,6 +14,8 @@ from mmengine.device import get_device
 from mmengine.logging import print_log
 from mmengine.registry import RUNNERS
 
+from .checkpoint import CheckpointError
+from .data_check import DataError, leaf_configs
 from .runner import Runner, use_safe_loading
 
 AMP_DEVICES = ('cuda', 'npu', 'mlu', 'musa')  # AmpOptimWrapper refuses others
@@ -181,7 +184,8 @@ def check_data(cfg: Config, loaders: List[str]) -> None:
     for loader in loaders:
         if not cfg.get(loader):
             continue
-        for dataset in _leaf_datasets(cfg[loader].dataset):
+        datasets = list(leaf_configs(cfg[loader].dataset))
+        for dataset in datasets:
             for setting, path in _local_paths(dataset):
                 if not path.exists():
                     advice = cfg.get('data_help') or DATA_SOURCES.get(
@@ -191,15 +195,27 @@ def check_data(cfg: Config, loaders: List[str]) -> None:
                         f'{loader}: {setting} {str(path)!r} does not exist '
                         f'(looked for from {os.getcwd()}). {advice}, or say '
                         'where the data is with --data-root DIR')
+        _check_evaluator(cfg, loader, datasets)
 
 
-def _leaf_datasets(dataset: ConfigDict) -> Iterator[ConfigDict]:
-    """The datasets inside wrappers such as RepeatDataset or ConcatDataset."""
-    if 'datasets' in dataset or 'dataset' in dataset:
-        for inner in dataset.get('datasets', [dataset.get('dataset')]):
-            yield from _leaf_datasets(inner)
-    else:
-        yield dataset
+def _check_evaluator(cfg: Config, loader: str,
+                     datasets: List[ConfigDict]) -> None:
+    """That COCO metrics read the annotations of the images they judge."""
+    name = loader.replace('dataloader', 'evaluator')
+    evaluators = cfg.get(name) or []
+    for evaluator in (
+            evaluators if isinstance(evaluators, list) else [evaluators]):
+        if (not str(evaluator.get('type')).endswith('CocoMetric')
+                or len(datasets) != 1
+                or not str(datasets[0].get('type')).endswith('CocoDataset')):
+            continue
+        paths = dict(_local_paths(dict(ann_file=evaluator.get('ann_file'))))
+        ours = dict(_local_paths(datasets[0])).get('ann_file')
+        theirs = paths.get('ann_file')
+        if theirs and ours and theirs.resolve() != ours.resolve():
+            raise ValueError(
+                f'{name}.ann_file is {str(theirs)!r}, but {loader} loads '
+                f'{str(ours)!r}: give both the same file')
 
 
 def _local_paths(dataset: ConfigDict) -> Iterator[Tuple[str, Path]]:
@@ -219,6 +235,16 @@ def _local_paths(dataset: ConfigDict) -> Iterator[Tuple[str, Path]]:
         path = osp.join(root, value) if isinstance(value, str) else ''
         if value and path and '://' not in path:
             yield setting, Path(path)
+
+
+@contextlib.contextmanager
+def short_errors() -> Iterator[None]:
+    """Ends the program with one sentence, not a traceback, on bad data and on
+    a checkpoint that cannot be used."""
+    try:
+        yield
+    except (CheckpointError, DataError) as error:
+        raise SystemExit(f'error: {error}')
 
 
 def build_runner(cfg: Config) -> Runner:

@@ -1,4 +1,5 @@
-"""A runner whose checkpoints are read safely and fit their model."""
+"""A runner whose checkpoints are read safely and fit their model, and whose
+data is checked as it is built."""
 from typing import Any, Dict
 
 from mmengine.model import is_model_wrapper
@@ -7,12 +8,14 @@ from mmengine.runner.checkpoint import (CheckpointLoader,
                                         get_external_models,
                                         get_torchvision_models)
 from torch import nn
+from torch.utils.data import DataLoader
 
 from .backbone import ConvNeXt
 from .checkpoint import (CheckpointDownloadError, CheckpointMismatchError,
                          read_checkpoint)
 from .checkpoint.families import recognise
 from .checkpoint.remote import fetch
+from .data_check import check_dataset, explain_failure, leaf_configs
 
 # MMEngine's names for addresses.
 NAMED_ADDRESSES = {
@@ -58,7 +61,7 @@ def use_safe_loading() -> None:
 
 class Runner(MMEngineRunner):
     """MMEngine's runner; a checkpoint that could run code or lacks the weights
-    of a ConvNeXt backbone stops it.
+    of a ConvNeXt backbone stops it, and so does bad data.
 
     MMEngine reads a pickle without protection where the protected way fails.
     Everything that it stores resumes: weights, optimizer, schedulers, message
@@ -68,6 +71,22 @@ class Runner(MMEngineRunner):
     def __init__(self, *args, **kwargs) -> None:
         use_safe_loading()
         super().__init__(*args, **kwargs)
+
+    def build_dataloader(self, dataloader, *args, **kwargs) -> DataLoader:
+        """As MMEngine's, with the data set checked.
+
+        Raises:
+            DataError: It is bad; names the file and what to do.
+        """
+        try:
+            loader = super().build_dataloader(dataloader, *args, **kwargs)
+        except Exception:
+            if isinstance(dataloader, dict):
+                for dataset in leaf_configs(dataloader['dataset']):
+                    explain_failure(dataset)
+            raise
+        check_dataset(loader.dataset, self.model)
+        return loader
 
     def load_checkpoint(self, filename: str, *args, **kwargs) -> dict:
         """As MMEngine's; backbones may have the names of any family.

@@ -18,16 +18,22 @@ from rich.console import Console
 from rich.table import Table
 
 from convnext_mm.launch import (add_common_arguments, build_runner, check_data,
-                                fit_to_device, load_config)
+                                fit_to_device, load_config, short_errors)
 
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt  # noqa: E402
 
 NUM_PICTURES = 8
-NEXT_STEPS = (
+NEXT_STEPS = {
+    'mmdet':
     ('train on COCO', 'bash tools/dist_train.sh configs/mask_rcnn/'
      'mask-rcnn_convnext-t_fpn_8xb2-amp-ms-crop-3x_coco.py 8 --data-root '
      'data/coco'),
+    'mmseg': ('train on ADE20K', 'bash tools/dist_train.sh configs/upernet/'
+              'convnext-tiny_upernet_8xb2-amp-160k_ade20k-512x512.py 8 '
+              '--data-root data/ade/ADEChallengeData2016'),
+}
+NEXT_STEPS_OF_ALL = (
     ('use it in your own config', "backbone=dict(type='convnext_mm.ConvNeXt', "
      "arch='tiny', out_indices=(0, 1, 2, 3))"),
     ('the same on one GPU', 'python tools/train.py {config} --amp'),
@@ -71,20 +77,22 @@ def read_log(runner: Runner) -> Tuple[List[dict], List[dict]]:
     return training, [r for r in records if 'loss' not in r]
 
 
-def last_metrics(evaluations: List[dict]) -> Dict[str, float]:
-    """Metrics of the last evaluation, without their ``coco/`` prefix and those
-    that COCO gives as -1 because there are no such objects."""
+def last_metrics(evaluations: List[dict], scope: str) -> Dict[str, float]:
+    """Metrics of the last evaluation in [0, 1], without their prefix
+    (``coco/``) and those that COCO gives as -1 because there are no such
+    objects; MMSegmentation's are in percent."""
+    unit = 0.01 if scope == 'mmseg' else 1
     return {
-        name.split('/')[-1]: value
+        name.split('/')[-1]: value * unit
         for name, value in evaluations[-1].items()
         if name not in ('step', 'time', 'data_time') and value >= 0
     }
 
 
 def plot_curves(training: List[dict], evaluations: List[dict],
-                names: List[str], path: Path) -> None:
+                names: List[str], scope: str, path: Path) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4))
-    for name in sorted(n for n in training[0] if n.startswith('loss')):
+    for name in sorted(n for n in training[0] if 'loss' in n):
         left.plot([r['step'] for r in training],
                   [r[name] for r in training],
                   label=name,
@@ -93,7 +101,7 @@ def plot_curves(training: List[dict], evaluations: List[dict],
     left.legend()
     for name in names:
         right.plot([r['step'] for r in evaluations],
-                   [last_metrics([r])[name] for r in evaluations],
+                   [last_metrics([r], scope)[name] for r in evaluations],
                    marker='o',
                    label=name)
     right.set(title='Held-out images', xlabel='iteration', ylim=(0, 1))
@@ -131,7 +139,8 @@ def draw_pictures(runner: Runner, folder: Path) -> None:
 
 
 def report(metrics: Dict[str, float], required: List[Tuple[str, float]],
-           args: argparse.Namespace, work_dir: Path, minutes: float) -> bool:
+           args: argparse.Namespace, scope: str, work_dir: Path,
+           minutes: float) -> bool:
     console = Console(soft_wrap=True)
     table = Table(title=f'Held-out results after {minutes:.1f} minutes')
     for column in ('metric', 'value', 'required', ''):
@@ -153,7 +162,7 @@ def report(metrics: Dict[str, float], required: List[Tuple[str, float]],
                        ('curves', 'curves.png')):
         console.print(f'{what:9} {work_dir / path}')
     console.print('\nNext:')
-    for what, command in NEXT_STEPS:
+    for what, command in (NEXT_STEPS[scope], *NEXT_STEPS_OF_ALL):
         console.print(f'  {what}:\n    ' + command.format(config=args.config),
                       markup=False)
     if not reached:
@@ -173,19 +182,22 @@ def main() -> int:
     except ValueError as error:
         raise SystemExit(f'error: {error}')
     runner = build_runner(cfg)
-    runner.train()
+    with short_errors():
+        runner.train()
 
     work_dir = Path(cfg.work_dir)
     pictures = work_dir / 'pictures'
     pictures.mkdir(parents=True, exist_ok=True)
     training, evaluations = read_log(runner)
-    metrics = last_metrics(evaluations)
+    metrics = last_metrics(evaluations, cfg.default_scope)
     plot_curves(training, evaluations,
                 [n for n, _ in args.require if n in metrics],
-                work_dir / 'curves.png')
+                cfg.default_scope, work_dir / 'curves.png')
     draw_pictures(runner, pictures)
     minutes = (time.time() - start) / 60
-    return 0 if report(metrics, args.require, args, work_dir, minutes) else 1
+    reached = report(metrics, args.require, args, cfg.default_scope, work_dir,
+                     minutes)
+    return 0 if reached else 1
 
 
 if __name__ == '__main__':

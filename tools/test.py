@@ -4,9 +4,9 @@ import os.path as osp
 
 from mmengine.evaluator import DumpResults
 
-from convnext_mm import CheckpointError, ConvNeXt
+from convnext_mm import ConvNeXt
 from convnext_mm.launch import (add_common_arguments, build_runner, check_data,
-                                fit_to_device, load_config)
+                                fit_to_device, load_config, short_errors)
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -116,12 +116,10 @@ def main(argv=None) -> None:
     runner = build_runner(cfg)
     if args.out:
         runner.test_evaluator.metrics.append(DumpResults(args.out))
-    try:
+    with short_errors():
         if args.deploy:
             switch_to_deploy(runner)
         runner.test()
-    except CheckpointError as error:
-        raise SystemExit(f'error: {error}')
 
 
 if __name__ == '__main__':

@@ -3,9 +3,8 @@ the config's default_scope says. On a machine without a GPU it uses the CPU."""
 import argparse
 import os.path as osp
 
-from convnext_mm import CheckpointError
 from convnext_mm.launch import (add_common_arguments, build_runner, check_data,
-                                fit_to_device, load_config)
+                                fit_to_device, load_config, short_errors)
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -65,10 +64,8 @@ def main(argv=None) -> None:
         cfg = prepare(args)
     except ValueError as error:
         raise SystemExit(f'error: {error}')
-    try:
+    with short_errors():
         build_runner(cfg).train()
-    except CheckpointError as error:
-        raise SystemExit(f'error: {error}')
 
 
 if __name__ == '__main__':

@@ -1,0 +1,27 @@
+# Semantic FPN.
+_base_ = 'mmseg::sem_fpn/fpn_r50_4xb4-160k_ade20k-512x512.py'
+
+model = dict(
+    pretrained=None,
+    backbone=dict(
+        _delete_=True,
+        type='convnext_mm.ConvNeXt',
+        arch='tiny',
+        drop_path_rate=0.2,
+        layer_scale_init_value=1.0,
+        init_cfg=dict(
+            type='Pretrained',
+            checkpoint='https://dl.fbaipublicfiles.com/convnext/'
+            'convnext_tiny_1k_224_ema.pth')),
+    neck=dict(in_channels=[96, 192, 384, 768]))
+
+optim_wrapper = dict(
+    _delete_=True,
+    type='OptimWrapper',
+    constructor='convnext_mm.LayerDecayOptimWrapperConstructor',
+    optimizer=dict(type='AdamW', lr=1e-4, weight_decay=0.05),
+    paramwise_cfg=dict(decay_rate=0.9))
+param_scheduler = [
+    dict(type='LinearLR', start_factor=1e-6, by_epoch=False, begin=0, end=1500),
+    dict(type='PolyLR', power=1.0, by_epoch=False, begin=1500, end=160000)
+]

@@ -1,0 +1,39 @@
+# UPerNet that trains from scratch on a CPU in minutes: the smallest ConvNeXt,
+# narrow heads, 192-pixel images.
+_base_ = [
+    '../_base_/models/upernet_convnext-atto_narrow.py',
+    '../_base_/datasets/shapes_semantic.py',
+    '../_base_/seg_runtime.py'
+]
+
+model = dict(
+    data_preprocessor=dict(
+        size=(192, 192), test_cfg=dict(size_divisor=32)),
+    decode_head=dict(num_classes=6), auxiliary_head=dict(num_classes=6))
+
+max_iters = 1200
+train_cfg = dict(
+    type='IterBasedTrainLoop', max_iters=max_iters, val_interval=400)
+val_cfg = dict(type='ValLoop')
+test_cfg = dict(type='TestLoop')
+
+# From scratch there is nothing to preserve, so no layer decay: rate 1.
+optim_wrapper = dict(
+    type='OptimWrapper',
+    constructor='convnext_mm.LayerDecayOptimWrapperConstructor',
+    optimizer=dict(
+        type='AdamW', lr=1e-3, betas=(0.9, 0.999), weight_decay=0.05),
+    paramwise_cfg=dict(decay_rate=1.0),
+    clip_grad=dict(max_norm=10))
+param_scheduler = [
+    dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=100),
+    dict(
+        type='CosineAnnealingLR',
+        by_epoch=False,
+        begin=100,
+        end=max_iters,
+        eta_min=1e-5)
+]
+randomness = dict(seed=0)
+default_hooks = dict(
+    checkpoint=dict(interval=400, max_keep_ckpts=1))
