@@ -2,6 +2,7 @@
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,10 +15,10 @@ from mmengine.structures import PixelData
 from convnext_mm import ConvNeXt
 from convnext_mm.datasets import write_shapes
 from convnext_mm.launch import fit_to_device
-from tests.conftest import ROOT
 
 pytest.importorskip('mmdet')
 pytest.importorskip('mmseg')
+ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / 'configs' / 'custom'
 # The tiny's channels and those of the small arch that takes its place.
 CHANNELS = dict(zip((96, 192, 384, 768), (16, 24, 32, 40)))
