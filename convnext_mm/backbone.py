@@ -152,8 +152,9 @@ class ConvNeXt(BaseModule):
         if _integer('kernel_size', kernel_size, 1) % 2 == 0:
             raise ValueError(
                 f'kernel_size must be odd (3, 5, 7, ...), got {kernel_size}')
-        if _number('mlp_ratio', mlp_ratio) <= 0:
-            raise ValueError(f'mlp_ratio must be above 0, got {mlp_ratio}')
+        if _number('mlp_ratio', mlp_ratio) * min(self.channels) < 1:
+            raise ValueError('mlp_ratio must be above 0 and give at least one '
+                             f'hidden channel, got {mlp_ratio}')
         norm_eps = arch.norm_eps if norm_eps is None else norm_eps
         if _number('norm_eps', norm_eps) <= 0:
             raise ValueError(f'norm_eps must be above 0, got {norm_eps}')
@@ -264,7 +265,9 @@ class ConvNeXt(BaseModule):
         are folded into the pointwise layers, see
         :mod:`convnext_mm.ops.deploy`; outputs stay but for rounding. State-dict
         keys stay too: what was folded is 1 or 0. Under ``torch.no_grad()``
-        weights are then cast once, not for every call. Twice is as once.
+        weights are then cast once, not for every call. Twice is as once; call
+        it again after writing to a parameter's ``.data``, which PyTorch does
+        not notice.
 
         Returns:
             The module, in evaluation mode, with no parameter to train.

@@ -44,18 +44,24 @@ def select_impl(impl: str, x: Tensor) -> Implementation:
     name = impl
     if impl == 'auto':
         # Measured on CPUs so far: elsewhere plain PyTorch, until a run there
-        # has shown that another one is right and faster. Tracers (exporters,
-        # FLOP counters) know PyTorch's operators only.
-        plain = x.device.type != 'cpu' or torch.jit.is_tracing()
-        name = 'eager' if plain or _is_exporting() else 'lean'
+        # has shown that another one is right and faster.
+        plain = x.device.type != 'cpu' or _needs_plain_operators()
+        name = 'eager' if plain else 'lean'
     if not torch.compiler.is_compiling():
         _log_choice(source, impl, name, x.device.type)
     return IMPLEMENTATIONS[name]
 
 
-def _is_exporting() -> bool:
-    # Older PyTorch cannot tell.
-    return getattr(torch.compiler, 'is_exporting', lambda: False)()
+def _needs_plain_operators() -> bool:
+    """Whether something looks at the network that knows PyTorch's operators
+    only: exporters, FLOP counters, forward-mode differentiation, torch.func."""
+    # Older PyTorch cannot tell that it exports.
+    is_exporting = getattr(torch.compiler, 'is_exporting', lambda: False)
+    if torch.compiler.is_compiling():
+        return is_exporting()
+    return (torch.jit.is_tracing() or is_exporting()
+            or torch.autograd.forward_ad._current_level >= 0
+            or torch._C._functorch.peek_interpreter_stack() is not None)
 
 
 @functools.lru_cache(maxsize=None)  # once for each choice
@@ -157,6 +163,7 @@ class Block(nn.Module):
         if self.grn is not None:
             self.grn.beta.zero_()
         self.deployed = True
+        self._packed = (None, None)
 
     def _folded(self) -> Tuple[Tensor, ...]:
         return deploy.fold(self.norm.weight, self.norm.bias,

@@ -102,10 +102,11 @@ def load_config(args: argparse.Namespace) -> Config:
 
 
 def _replace_prefix(node, old: str, new: str):
-    """``node`` with ``new`` for ``old`` at the start of every string below;
-    dicts and lists are changed in place."""
+    """``node`` with the folder ``new`` (ends in a slash) for ``old`` in every
+    path below; dicts and lists are changed in place."""
     if isinstance(node, str):
-        return new + node[len(old):] if node.startswith(old) else node
+        is_below = node == old or node.startswith(osp.join(old, ''))
+        return new + node[len(old):].lstrip('/') if is_below else node
     if isinstance(node, tuple):
         return tuple(_replace_prefix(item, old, new) for item in node)
     if isinstance(node, (dict, list)):

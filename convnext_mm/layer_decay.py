@@ -13,6 +13,7 @@ from .registry import OPTIM_WRAPPER_CONSTRUCTORS, register
 PREFIX = 'backbone.'
 # Parameters of these kinds never get weight decay here, so 0 says nothing new.
 NO_DECAY_KEYS = ('norm_decay_mult', 'bias_decay_mult', 'flat_decay_mult')
+CUSTOM_OPTIONS = ('lr_mult', 'decay_mult')
 PARAMWISE_KEYS = ('decay_rate', 'decay_type', 'num_layers', 'custom_keys',
                   'bypass_duplicate', *NO_DECAY_KEYS)
 
@@ -82,6 +83,17 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
                                        not isinstance(num_layers, Integral)):
             raise TypeError(f'num_layers must be an integer, got '
                             f'{num_layers!r}')
+        for key, options in cfg.get('custom_keys', {}).items():
+            if not isinstance(options, dict):
+                raise TypeError(f'custom_keys[{key!r}] must be a dict of '
+                                f'{CUSTOM_OPTIONS}, got {options!r}')
+            for name, value in options.items():
+                if name not in CUSTOM_OPTIONS:
+                    raise ValueError(f'custom_keys[{key!r}] has {name!r}; '
+                                     f'allowed: {CUSTOM_OPTIONS}')
+                if isinstance(value, bool) or not isinstance(value, Real):
+                    raise TypeError(f'custom_keys[{key!r}][{name!r}] must be a'
+                                    f' number, got {value!r}')
         if self.base_lr is None:
             raise ValueError('layer decay scales the learning rate: set lr in '
                              'optim_wrapper.optimizer')
@@ -119,6 +131,9 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
                                               custom)
             groups[key]['params'].append(param)
             groups[key]['param_names'].append(name)
+        if not groups:
+            raise ValueError(f'{type(module).__name__} has no parameter to '
+                             'train: all are frozen (requires_grad=False)')
         added = [groups[key] for key in sorted(groups)]
         params.extend(added)
         self._log_table(added)
@@ -176,11 +191,9 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
 
     def _new_group(self, layer_id: int, full_id: int, decays: bool,
                    custom: str) -> dict:
-        options = dict(self.paramwise_cfg.get('custom_keys', {}).get(
-            custom, {}))
+        options = self.paramwise_cfg.get('custom_keys', {}).get(custom, {})
         scale = self.paramwise_cfg['decay_rate']**(full_id - layer_id)
-        scale *= options.pop('lr_mult', 1.)
-        decay_mult = options.pop('decay_mult', 1.)
+        scale *= options.get('lr_mult', 1.)
         name = f'layer_{layer_id}_{"decay" if decays else "no_decay"}'
         group = dict(
             params=[],
@@ -191,8 +204,9 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         if not decays:
             group['weight_decay'] = 0.
         elif self.base_wd is not None:
-            group['weight_decay'] = self.base_wd * decay_mult
-        return {**group, **options}
+            group['weight_decay'] = self.base_wd * options.get(
+                'decay_mult', 1.)
+        return group
 
     def _log_table(self, groups: List[dict]) -> None:
         width = max(len(group['group_name']) for group in groups)

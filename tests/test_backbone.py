@@ -298,6 +298,31 @@ def test_grn_survives_fp16():
     torch.testing.assert_close(out, torch.full_like(out, 400.))
 
 
+@pytest.mark.parametrize('use_grn', [False, True])
+def test_other_ways_to_differentiate(use_grn):
+    """torch.func and forward mode, by default as with plain PyTorch."""
+    torch.manual_seed(0)
+    model = ConvNeXt(SMALL, use_grn=use_grn).double()
+    plain = ConvNeXt(SMALL, use_grn=use_grn, impl='eager').double()
+    plain.load_state_dict(model.state_dict())
+    x, v = torch.rand(2, 1, 3, 32, 32, dtype=torch.float64)
+    for run in (lambda m: torch.func.jvp(lambda x: m(x)[0], (x, ), (v, ))[1],
+                lambda m: torch.func.grad(lambda x: m(x)[0].pow(3).sum())(x)):
+        assert run(plain).abs().sum() > 0
+        torch.testing.assert_close(run(model), run(plain))
+
+
+def test_converts_to_onnx_with_changing_sizes(tmp_path):
+    try:
+        torch.onnx.export(
+            ConvNeXt(SMALL).eval(), (torch.rand(1, 3, 64, 64), ),
+            str(tmp_path / 'model.onnx'), dynamo=False, input_names=['x'],
+            dynamic_axes={'x': {2: 'height', 3: 'width'}})
+    except torch.onnx.OnnxExporterError as error:
+        # Asked for after all operators were converted, to write the file.
+        assert 'onnx is not installed' in str(error)
+
+
 def test_get_layer_depth():
     model = ConvNeXt('tiny')
     assert model.get_layer_depth('stages.2.8.gamma') == (5, 8)

@@ -241,6 +241,12 @@ def test_a_wrapped_model_is_unwrapped():
      ['dwconv_decay_mult', 'custom_keys']),
     (dict(decay_rate=.7, norm_decay_mult=1.), ValueError,
      ['norm_decay_mult=1.0', '0']),
+    (dict(decay_rate=.7, custom_keys=dict(head=5)), TypeError,
+     ["custom_keys['head']", 'lr_mult', '5']),
+    (dict(decay_rate=.7, custom_keys=dict(head=dict(lr_mult='a'))), TypeError,
+     ["['lr_mult']", "'a'"]),
+    (dict(decay_rate=.7, custom_keys=dict(head=dict(foo=1))), ValueError,
+     ["'foo'", 'decay_mult']),
 ])
 def test_bad_settings(cfg, error, words):
     with pytest.raises(error) as caught:
@@ -254,5 +260,7 @@ def test_models_that_cannot_be_served():
         build(nn.Linear(2, 2))
     with pytest.raises(ValueError, match='the backbone Conv2d'):
         build(Model(nn.Conv2d(3, 32, 3)))
+    with pytest.raises(ValueError, match='Model has no parameter to train'):
+        build(Model().requires_grad_(False))
     with pytest.raises(ValueError, match='set lr'):
         build(Model(), optimizer=dict(type='AdamW', weight_decay=0.05))

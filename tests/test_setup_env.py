@@ -44,9 +44,14 @@ def test_compiler(setup_env, monkeypatch, tmp_path):
     with pytest.raises(setup_env.SetupError, match=r'C\+\+.*install g\+\+'):
         setup_env.check_compiler()
     # A prebuilt wheel makes the compiler unnecessary.
-    wheel = tmp_path / 'wheels' / 'onedl_mmcv-2.3.6-cp311-cp311-linux.whl'
-    wheel.parent.mkdir()
-    wheel.touch()
+    folder = tmp_path / 'wheels'
+    folder.mkdir()
+    (folder / 'onedl_mmcv-2.3.6-cp39-cp39-win_amd64.whl').touch()
+    with pytest.raises(setup_env.SetupError):
+        setup_env.check_compiler()
+    tag = f'cp{sys.version_info[0]}{sys.version_info[1]}'
+    platform = f'{sys.platform}_x86_64'
+    (folder / f'onedl_mmcv-2.3.6-{tag}-{tag}-{platform}.whl').touch()
     setup_env.check_compiler()
 
 
@@ -71,6 +76,7 @@ def test_a_second_run_starts_at_once(setup_env, monkeypatch):
     monkeypatch.setattr(setup_env, 'fingerprint', lambda: 'made from this')
     monkeypatch.setattr(setup_env, 'READY', setup_env.VENV / 'ready')
     monkeypatch.setattr(setup_env, 'check_python', lambda: None)
+    monkeypatch.setattr(setup_env, '_succeeds', lambda code: False)
     called = []
     for step in ('check_disk', 'check_compiler', 'make_venv', 'check_network',
                  'install', 'verify'):
@@ -89,11 +95,13 @@ def test_a_stale_mmcv_is_built_again(setup_env, monkeypatch):
                         lambda *options: builds.append(options))
     monkeypatch.setattr(setup_env.subprocess, 'run', lambda *a, **k: None)
     setup_env.install_mmcv()
-    assert builds == [(), ('--force-reinstall', '--no-deps')]
+    assert builds == [(),
+                      ('--force-reinstall', '--no-deps', '--no-cache-dir')]
 
 
 def test_errors_end_the_command(setup_env, monkeypatch, capsys):
     monkeypatch.setattr(setup_env, 'READY', setup_env.VENV / 'ready')
+    monkeypatch.setattr(setup_env, 'PYTHON', setup_env.VENV / 'none')
     monkeypatch.setattr(setup_env.shutil, 'disk_usage',
                         lambda path: type('Usage', (), dict(free=2**30)))
     assert setup_env.main() == 1

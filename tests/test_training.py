@@ -1,6 +1,7 @@
 """Whole runs through the command-line tools, on a CPU."""
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +24,12 @@ FEW_ITERATIONS = ('train_cfg.max_iters=6', 'train_cfg.val_interval=3',
                   'val_dataloader.persistent_workers=False',
                   'test_dataloader.num_workers=0',
                   'test_dataloader.persistent_workers=False')
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        return free.getsockname()[1]
 
 
 def run(*command, port=None, check=True):
@@ -121,12 +128,12 @@ model = dict(neck=dict(norm_cfg=norm_cfg),
 """)
     said = run('bash', 'tools/dist_train.sh', config, 2, '--data-root', shapes,
                '--work-dir', tmp_path, '--cfg-options', *FEW_ITERATIONS,
-               port=29541)
+               port=free_port())
     assert said.count('No SyncBN on a CPU: 2 norm settings use BN') == 1
     trained = metrics(tmp_path)
     run('bash', 'tools/dist_test.sh', config, tmp_path / 'iter_6.pth', 2,
         '--data-root', shapes, '--work-dir', tmp_path / 'test',
-        '--cfg-options', *FEW_ITERATIONS, port=29542)
+        '--cfg-options', *FEW_ITERATIONS, port=free_port())
     assert metrics_of_test(tmp_path / 'test') == trained
 
 
@@ -145,7 +152,8 @@ def test_real_coco_images(shared_dir, tmp_path, processes):
     if processes == 1:
         tool('train', COCO_TINY, *common)
     else:
-        run('bash', 'tools/dist_train.sh', COCO_TINY, 2, *common, port=29543)
+        run('bash', 'tools/dist_train.sh', COCO_TINY, 2, *common,
+            port=free_port())
     losses = [r['loss'] for r in records(tmp_path) if 'loss' in r]
     assert np.isfinite(losses).all()
     # Each record is a mean over a window: compare first and last quarters.

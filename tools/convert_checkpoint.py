@@ -86,6 +86,10 @@ def main(argv=None) -> int:
         print(f'error: DST must end in .pth, .pt or .safetensors, got '
               f'{args.target}', file=sys.stderr)
         return 1
+    if not args.target.parent.is_dir():
+        print(f'error: the folder {args.target.parent} does not exist; make it '
+              'first', file=sys.stderr)
+        return 1
     try:
         report = convert_file(args)
     except (CheckpointError, OSError) as error:

@@ -36,7 +36,7 @@ NEXT_STEPS = {
 NEXT_STEPS_OF_ALL = (
     ('use it in your own config', "backbone=dict(type='convnext_mm.ConvNeXt', "
      "arch='tiny', out_indices=(0, 1, 2, 3))"),
-    ('the same on one GPU', 'python tools/train.py {config} --amp'),
+    ('the same on one GPU', '.venv/bin/python tools/train.py {config} --amp'),
 )
 
 
@@ -63,7 +63,8 @@ def parse_args() -> argparse.Namespace:
 
 
 def draw_data(root: Path) -> None:
-    if not (root / 'annotations').is_dir():
+    # Written last: without it the drawing was interrupted.
+    if not (root / 'annotations/instances_validation.json').is_file():
         subprocess.run(
             [sys.executable, '-m', 'convnext_mm.datasets',
              str(root)], check=True)

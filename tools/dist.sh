@@ -23,7 +23,14 @@ if [ -z "${GPUS:-}" ]; then
     echo "tools/dist_$task.sh: say how many processes: $usage" >&2
     exit 2
 fi
-PYTHONPATH="$tools/..:${PYTHONPATH:-}" exec "${PYTHON:-python}" -m torch.distributed.run \
+# The project's own environment, unless another one is active or asked for.
+if [ -z "${PYTHON:-}" ]; then
+    PYTHON=python
+    if [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] && [ -x "$tools/../.venv/bin/python" ]; then
+        PYTHON="$tools/../.venv/bin/python"
+    fi
+fi
+PYTHONPATH="$tools/..:${PYTHONPATH:-}" exec "$PYTHON" -m torch.distributed.run \
     --nnodes="${NNODES:-1}" \
     --node_rank="${NODE_RANK:-0}" \
     --master_addr="${MASTER_ADDR:-127.0.0.1}" \

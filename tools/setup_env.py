@@ -22,7 +22,13 @@ DISK_GIB = 8
 # because mmcv's build must see the torch it is built for.
 BUILD_TOOLS = ('setuptools', 'wheel', 'ninja', 'psutil', 'packaging')
 MMCV = 'onedl-mmcv'
-CHECK_MMCV = 'import mmcv.ops'
+# An operator built without CUDA imports, and fails at its first call on a GPU.
+CHECK_MMCV = '''
+import torch, mmcv.ops
+device = 'cuda' if torch.cuda.is_available() else 'cpu'
+mmcv.ops.nms(torch.rand(2, 4, device=device).cumsum(1),
+             torch.rand(2, device=device), 0.5)
+'''
 CHECK_ALL = ('import torch, torchvision, cv2, mmcv.ops, mmdet.models, '
              'mmseg.models, mmpretrain.models, convnext_mm')
 
@@ -36,7 +42,8 @@ def main() -> int:
         check_python()
         if READY.exists() and READY.read_text() == fingerprint():
             return 0
-        check_disk()
+        if not _succeeds('import torch, torchvision'):  # the bulk of it
+            check_disk()
         check_compiler()
         make_venv()
         check_network()
@@ -52,7 +59,7 @@ def main() -> int:
 
 def fingerprint() -> str:
     """What .venv was made from: another one means that it is out of date."""
-    digest = hashlib.sha256(sys.version.encode())
+    digest = hashlib.sha256(f'{sys.version} {ROOT}'.encode())
     for path in (CONSTRAINTS, ROOT / 'setup.cfg', Path(__file__)):
         digest.update(path.read_bytes())
     return digest.hexdigest()
@@ -119,7 +126,8 @@ def check_network() -> None:
 
 
 def make_venv() -> None:
-    if not PYTHON.exists() or not _succeeds('import pip'):
+    version = f'assert sys.version_info[:2] == {tuple(sys.version_info[:2])}'
+    if not _succeeds(f'import pip, sys; {version}'):
         say('making .venv')
         shutil.rmtree(VENV, ignore_errors=True)
         run([sys.executable, '-m', 'venv', VENV],
@@ -154,13 +162,14 @@ def install_mmcv() -> None:
     if not _succeeds(CHECK_MMCV):
         print('the cached wheel of mmcv was built for another torch: building '
               'it again')
+        # So that the next set-up does not take it again.
         subprocess.run([PYTHON, '-m', 'pip', 'cache', 'remove', 'onedl_mmcv*'],
                        stdout=subprocess.DEVNULL,
                        stderr=subprocess.DEVNULL)
-        build_mmcv('--force-reinstall', '--no-deps')
+        build_mmcv('--force-reinstall', '--no-deps', '--no-cache-dir')
         if not _succeeds(CHECK_MMCV, show=True):
             raise SetupError(
-                f'{pinned(MMCV)} was built but `{CHECK_MMCV}` fails: delete '
+                f'{pinned(MMCV)} was built but its operators fail: delete '
                 '.venv and try again; if it persists, report the error above.')
 
 
@@ -209,7 +218,10 @@ def prebuilt_wheels() -> list:
     folders = [ROOT / 'wheels']
     if os.environ.get('CONVNEXT_MM_WHEELS'):
         folders.append(Path(os.environ['CONVNEXT_MM_WHEELS']))
-    return sorted(w for f in folders for w in f.glob('onedl_mmcv-*.whl'))
+    # Those for this Python and system; whether one fits torch shows on import.
+    tag = f'cp{sys.version_info[0]}{sys.version_info[1]}'
+    return sorted(w for f in folders
+                  for w in f.glob(f'onedl_mmcv-*-{tag}-*{sys.platform}*.whl'))
 
 
 def pinned(name: str) -> str:
@@ -239,6 +251,8 @@ def run(command: list, advice: str) -> None:
 
 def _succeeds(code: str, show: bool = False) -> bool:
     output = None if show else subprocess.DEVNULL
+    if not Path(PYTHON).exists():
+        return False
     return subprocess.run([PYTHON, '-c', code], stdout=subprocess.DEVNULL,
                           stderr=output, cwd=tempfile.gettempdir()
                           ).returncode == 0

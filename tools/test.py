@@ -2,8 +2,6 @@
 import argparse
 import os.path as osp
 
-from mmengine.evaluator import DumpResults
-
 from convnext_mm import ConvNeXt
 from convnext_mm.launch import (add_common_arguments, build_runner, check_data,
                                 fit_to_device, load_config, short_errors)
@@ -57,16 +55,18 @@ def prepare(args: argparse.Namespace):
 
 def draw_predictions(cfg, args: argparse.Namespace) -> None:
     """Switches the config's visualization hook on."""
-    hook = cfg.default_hooks.get('visualization')
+    hook = cfg.get('default_hooks', {}).get('visualization')
     if hook is None:
         raise ValueError('--show and --show-dir need '
                          'default_hooks.visualization in the config')
-    hook.update(draw=True, show=args.show, wait_time=args.wait_time)
-    if args.show_dir:
-        if cfg.get('default_scope') == 'mmseg':
-            cfg.visualizer.save_dir = args.show_dir
-        else:
-            hook.test_out_dir = args.show_dir
+    scope = cfg.get('default_scope')
+    switch = 'enable' if scope == 'mmpretrain' else 'draw'
+    hook.update({switch: True}, show=args.show, wait_time=args.wait_time)
+    if args.show_dir and scope == 'mmseg':
+        cfg.visualizer.save_dir = args.show_dir
+    elif args.show_dir:
+        folder = 'out_dir' if scope == 'mmpretrain' else 'test_out_dir'
+        hook[folder] = args.show_dir
 
 
 def switch_to_deploy(runner) -> None:
@@ -115,6 +115,10 @@ def main(argv=None) -> None:
         raise SystemExit(f'error: {error}')
     runner = build_runner(cfg)
     if args.out:
+        if cfg.get('default_scope') == 'mmdet':  # keeps masks compressed
+            from mmdet.evaluation import DumpDetResults as DumpResults
+        else:
+            from mmengine.evaluator import DumpResults
         runner.test_evaluator.metrics.append(DumpResults(args.out))
     with short_errors():
         if args.deploy:

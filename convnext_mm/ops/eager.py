@@ -116,7 +116,8 @@ def downsample(x: Tensor,
         (N, D, H', W'); H / 2 and W / 2, rounded down, at the defaults.
     """
     x = x.permute(0, 2, 3, 1)  # a view of a channels-last map
-    x = F.layer_norm(x, x.shape[3:], norm_weight, norm_bias, eps)
+    # The weight's shape, not that of x: exporters then know it.
+    x = F.layer_norm(x, norm_weight.shape, norm_weight, norm_bias, eps)
     return F.conv2d(
         x.permute(0, 3, 1, 2), conv_weight, conv_bias, stride, padding,
         dilation)
