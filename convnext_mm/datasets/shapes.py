@@ -1,7 +1,7 @@
 """A drawn data set of filled shapes on textured backgrounds.
 
 Small enough to train on with a CPU, and made of what detectors and segmentors
-meet: several classes, overlaps, sizes from small to large, clutter of the same
+meet: several classes, overlaps, sizes from small to large, clutter of similar
 colours. What is drawn depends on the seed alone.
 """
 import json
@@ -14,6 +14,8 @@ import numpy as np
 from mmengine.utils import track_iter_progress
 
 CLASSES = ('circle', 'triangle', 'square', 'star', 'cross')
+# Of a class, in OpenCV's units (2 degrees); classes are 36 apart.
+HUE_SPREAD = 10
 MIN_VISIBLE = 0.4  # share of a shape that others leave uncovered
 
 
@@ -53,7 +55,8 @@ def draw_scene(rng: np.random.Generator, size: int) -> Scene:
         areas.append(mask.sum())
         masks = [old & ~mask for old in masks] + [mask]
         labels.append(label)
-        image[mask] = _fill(rng, size, background, mask)[mask]
+        behind = background[mask].mean(axis=0)
+        image[mask] = _fill(rng, label, behind, size)[mask]
     noise = rng.normal(0, 6, image.shape)
     image = np.clip(cv2.GaussianBlur(image, (3, 3), 0) + noise, 0, 255)
     return Scene(image.astype(np.uint8), labels, masks)
@@ -133,15 +136,20 @@ def _texture(rng: np.random.Generator, size: int) -> np.ndarray:
     return image
 
 
-def _fill(rng: np.random.Generator, size: int, background: np.ndarray,
-          mask: np.ndarray) -> np.ndarray:
-    """(size, size, 3): a random colour that differs from what is behind."""
-    behind = background[mask].mean(axis=0)
-    color = rng.uniform(0, 255, 3)
+def _fill(rng: np.random.Generator, label: int, behind: np.ndarray,
+          size: int) -> np.ndarray:
+    """(size, size, 3): a textured colour that differs from what is behind.
+
+    Classes have typical hues, which overlap: like things in the world, a shape
+    is recognised by its outline and, less surely, by its colour.
+    """
+    color = behind
     while np.abs(color - behind).max() < 80:
-        color = rng.uniform(0, 255, 3)
-    # Textured too, around its own colour.
-    texture = _texture(rng, size)
+        hue = 180 * label / len(CLASSES) + rng.normal(0, HUE_SPREAD)
+        hsv = [hue % 180, rng.uniform(120, 255), rng.uniform(100, 255)]
+        color = cv2.cvtColor(np.uint8([[hsv]]), cv2.COLOR_HSV2BGR)[0, 0]
+        color = color.astype(np.float64)
+    texture = _texture(rng, size)  # around its own colour
     return color + 0.5 * (texture - texture.mean((0, 1)))
 
 
