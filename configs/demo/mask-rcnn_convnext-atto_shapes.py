@@ -9,9 +9,9 @@ model = dict(
     roi_head=dict(
         bbox_head=dict(num_classes=5), mask_head=dict(num_classes=5)))
 
-max_iters = 1300
+max_iters = 1000
 train_cfg = dict(
-    type='IterBasedTrainLoop', max_iters=max_iters, val_interval=650)
+    type='IterBasedTrainLoop', max_iters=max_iters, val_interval=500)
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
 
@@ -35,5 +35,5 @@ param_scheduler = [
 randomness = dict(seed=0)
 default_hooks = dict(
     logger=dict(interval=50, log_metric_by_epoch=False),
-    checkpoint=dict(by_epoch=False, interval=650, max_keep_ckpts=1))
+    checkpoint=dict(by_epoch=False, interval=500, max_keep_ckpts=1))
 log_processor = dict(by_epoch=False)

@@ -15,7 +15,7 @@ from mmengine.utils import track_iter_progress
 
 CLASSES = ('circle', 'triangle', 'square', 'star', 'cross')
 # Of a class, in OpenCV's units (2 degrees); classes are 36 apart.
-HUE_SPREAD = 10
+HUE_SPREAD = 8
 MIN_VISIBLE = 0.4  # share of a shape that others leave uncovered
 
 
