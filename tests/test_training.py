@@ -34,9 +34,10 @@ def free_port():
 
 def run(*command, port=None, check=True):
     env = {**os.environ, 'PYTHON': sys.executable, 'PYTHONWARNINGS': 'ignore'}
-    env.setdefault('OMP_NUM_THREADS', str(os.cpu_count()))
+    # Threads that wait for each other crawl where others use the machine.
+    env['OMP_NUM_THREADS'] = '1'
     if port:
-        env.update(PORT=str(port), OMP_NUM_THREADS='1')
+        env['PORT'] = str(port)
     done = subprocess.run(list(map(str, command)), cwd=ROOT, env=env,
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                           text=True)
