@@ -246,6 +246,8 @@ def test_trains_and_evaluates(tmp_path, monkeypatch):
         'train_dataloader.dataset.metainfo.classes=[tench,goldfish]',
         'val_dataloader.dataset.metainfo.classes=[tench,goldfish]',
         'model.backbone.arch=atto', 'model.head.in_channels=320',
+        'model.head.num_classes=2', 'model.data_preprocessor.num_classes=2',
+        'val_evaluator.topk=[1]',
         'train_cfg.max_epochs=1', 'train_dataloader.batch_size=4',
         'train_dataloader.num_workers=0', 'val_dataloader.num_workers=0',
         'train_dataloader.persistent_workers=False',
