@@ -11,9 +11,9 @@ model = dict(
         size=(192, 192), test_cfg=dict(size_divisor=32)),
     decode_head=dict(num_classes=6), auxiliary_head=dict(num_classes=6))
 
-max_iters = 2000
+max_iters = 1600
 train_cfg = dict(
-    type='IterBasedTrainLoop', max_iters=max_iters, val_interval=500)
+    type='IterBasedTrainLoop', max_iters=max_iters, val_interval=400)
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
 
@@ -36,4 +36,4 @@ param_scheduler = [
 ]
 randomness = dict(seed=0)
 default_hooks = dict(
-    checkpoint=dict(interval=500, max_keep_ckpts=1))
+    checkpoint=dict(interval=400, max_keep_ckpts=1))
