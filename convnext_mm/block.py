@@ -8,7 +8,7 @@ from mmengine.logging import print_log
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .ops import deploy, eager, lean
+from .ops import deploy, eager, fused, lean
 
 
 class Implementation(NamedTuple):
@@ -172,7 +172,7 @@ class Block(nn.Module):
                            self.grn.beta if self.grn is not None else None)
 
     def _run_deployed(self, x: Tensor) -> Tensor:
-        dtype = lean.compute_dtype(x)
+        dtype = fused.compute_dtype(x)
         # Loading or moving weights must not leave an old copy in use.
         source = (dtype, *((p.device, p.data_ptr(),
                             0 if p.is_inference() else p._version)
@@ -184,7 +184,7 @@ class Block(nn.Module):
         return deploy.block(
             x,
             self._packed[1],
-            lean.out_dtype(x, self.gamma, dtype),
+            fused.out_dtype(x, self.gamma, dtype),
             eps=self.norm.eps,
             dilation=self.dwconv.dilation[0])
 

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from convnext_mm import ConvNeXt
 from convnext_mm.backbone import ARCHS
 from convnext_mm.block import IMPL_NAMES, IMPLEMENTATIONS, Block, select_impl
-from convnext_mm.ops import eager, lean
+from convnext_mm.ops import eager, fused, lean
 
 SMALL = dict(depths=[1, 2, 3, 1], channels=[8, 16, 24, 32])
 
@@ -372,18 +372,18 @@ def test_compiles_with_fixed_shapes(impl, autocast):
 
 
 @pytest.mark.parametrize('version', [1, 2])
-@pytest.mark.parametrize('keep', [lean.KEEP_MAPS, lean.KEEP_ALL])
+@pytest.mark.parametrize('keep', [fused.KEEP_MAPS, fused.KEEP_ALL])
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
 def test_operators_are_registered_right(version, keep, dtype):
     values, drop_scale = arguments(8, (3, 4), version=version)
-    torch.library.opcheck(lean._forward_op, (
+    torch.library.opcheck(torch.ops.convnext_mm.lean_forward.default, (
         *(values.get(name) for name in NAMES), drop_scale, 1e-6, 1, dtype,
         keep))
 
 
 def test_downsample_operator_is_registered_right():
     x = torch.rand(2, 8, 5, 6, requires_grad=True)
-    torch.library.opcheck(lean._downsample_op, (
+    torch.library.opcheck(torch.ops.convnext_mm.lean_downsample.default, (
         x, torch.rand(8), torch.rand(8), torch.rand(16, 8, 2, 2),
         torch.rand(16), 1e-6, [2, 2], [0, 0], [1, 1], torch.float32))
 

@@ -12,7 +12,7 @@ from typing import NamedTuple, Optional, Tuple
 import torch
 from torch import Tensor
 
-from . import lean
+from . import fused, lean
 
 
 class Packed(NamedTuple):
@@ -80,8 +80,8 @@ def block(x: Tensor, packed: Packed, out_dtype: torch.dtype, *, eps: float,
             x.to(packed.dwconv_bias.dtype), packed.dwconv_weight,
             packed.dwconv_bias, dilation)
         out = torch.empty_like(
-            x, dtype=out_dtype, memory_format=lean.memory_format(x))
+            x, dtype=out_dtype, memory_format=fused.memory_format(x))
         lean.pointwise(
-            lean.rows(x), lean.rows(maps), lean.rows(out), None, None,
+            fused.rows(x), fused.rows(maps), fused.rows(out), None, None,
             *packed[2:6], None, packed.grn_gamma, None, eps, False)
         return out
