@@ -9,7 +9,7 @@ from mmengine.model import BaseModule
 from torch import Tensor, nn
 
 from .archs import ARCHS, Arch
-from .block import IMPL_NAMES, Block, Downsample
+from .block import IMPL_NAMES, Block, Downsample, LayerNorm2d
 from .checkpoint.load import convert_in_place, use_safe_loader
 from .layer_id import default_num_layers, get_layer_id
 from .registry import MODELS, register
@@ -22,17 +22,6 @@ MMPRETRAIN_DEFAULTS = dict(
     norm_cfg=dict(type='LN2d', eps=1e-6),
     act_cfg=dict(type='GELU'),
     linear_pw_conv=True)
-
-
-class LayerNorm2d(nn.LayerNorm):
-    """LayerNorm over the channels of (N, C, H, W); gives channels-last strides.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x.permute(0, 2, 3, 1)  # a view of a channels-last map
-        x = F.layer_norm(x, self.normalized_shape, self.weight, self.bias,
-                         self.eps)
-        return x.permute(0, 3, 1, 2)
 
 
 class PaddedConv2d(nn.Conv2d):
@@ -82,9 +71,9 @@ class ConvNeXt(BaseModule):
         impl: What computes the blocks; neither weights nor outputs depend on
             it. ``'eager'``: plain PyTorch. ``'lean'``: a backward of its own
             that stores about half. ``'lean+'``: one that stores least and
-            recomputes a matrix product. ``'auto'``: the best that device,
-            dtype and shape allow. ``CONVNEXT_MM_IMPL`` in the environment
-            overrides it.
+            recomputes a matrix product. ``'triton'``: as ``'lean'``, in fused
+            GPU kernels. ``'auto'``: the best that device, dtype and shape
+            allow. ``CONVNEXT_MM_IMPL`` in the environment overrides it.
         allow_partial: Load what fits of a checkpoint, with a warning. By
             default one that lacks a parameter of stem, downsampling layers or
             stages, or has it in another shape, is an error.
@@ -182,7 +171,7 @@ class ConvNeXt(BaseModule):
                 layer = nn.Sequential(
                     nn.Conv2d(self.in_channels, width, stem_patch_size,
                               stem_patch_size),
-                    LayerNorm2d(width, eps=norm_eps))
+                    LayerNorm2d(width, eps=norm_eps, impl=impl))
             else:
                 layer = Downsample(
                     LayerNorm2d(self.channels[i - 1], eps=norm_eps),
@@ -202,7 +191,12 @@ class ConvNeXt(BaseModule):
                     dilation=dilation,
                     impl=impl) for _ in range(self.depths[i]))))
             if out_norm and i in self.out_indices:
-                self.add_module(f'norm{i}', LayerNorm2d(width, eps=norm_eps))
+                # mmcv's RoIAlign and its like read memory as (N, C, H, W)
+                # whatever the strides say: channels-last would be garbage.
+                self.add_module(
+                    f'norm{i}',
+                    LayerNorm2d(
+                        width, eps=norm_eps, impl=impl, channels_last=False))
 
         self.apply(_init_weights)
         self._freeze()
@@ -234,8 +228,6 @@ class ConvNeXt(BaseModule):
                     out = out.mean((2, 3), keepdim=True)
                 norm = getattr(self, f'norm{i}', None)
                 out = out if norm is None else norm(out)
-                # mmcv's RoIAlign and its like read memory as (N, C, H, W)
-                # whatever the strides say: channels-last would be garbage.
                 outs.append(
                     out.flatten(1) if self.gap_before_final_norm else out.
                     contiguous())

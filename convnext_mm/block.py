@@ -8,13 +8,14 @@ from mmengine.logging import print_log
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .ops import deploy, eager, fused, lean
+from .ops import deploy, eager, fused, lean, triton
 
 
 class Implementation(NamedTuple):
     """Functions with the signatures of those of :mod:`.ops.eager`."""
     block: Callable[..., Tensor]
     downsample: Callable[..., Tensor]
+    norm: Callable[..., Tensor] = eager.norm
 
 
 IMPLEMENTATIONS: Dict[str, Implementation] = {
@@ -22,7 +23,7 @@ IMPLEMENTATIONS: Dict[str, Implementation] = {
     'lean': Implementation(lean.block, lean.downsample),
     'lean+': Implementation(lean.block_plus, lean.downsample)
 }
-IMPL_NAMES = ('auto', *IMPLEMENTATIONS)
+IMPL_NAMES = ('auto', *IMPLEMENTATIONS, 'triton')
 IMPL_VARIABLE = 'CONVNEXT_MM_IMPL'  # overrides every impl, for debugging
 
 
@@ -35,21 +36,37 @@ def select_impl(impl: str, x: Tensor) -> Implementation:
 
     Raises:
         ValueError: ``CONVNEXT_MM_IMPL`` or ``impl`` is no known name.
+        RuntimeError: ``'triton'`` is asked for where it cannot run.
     """
     source = 'impl'
     if os.environ.get(IMPL_VARIABLE):
         source, impl = IMPL_VARIABLE, os.environ[IMPL_VARIABLE]
     if impl not in IMPL_NAMES:
         raise ValueError(f'unknown {source} {impl!r}; one of {IMPL_NAMES}')
-    name = impl
-    if impl == 'auto':
-        # Measured on CPUs so far: elsewhere plain PyTorch, until a run there
-        # has shown that another one is right and faster.
-        plain = x.device.type != 'cpu' or _needs_plain_operators()
-        name = 'eager' if plain else 'lean'
+    name = _best(x) if impl == 'auto' else impl
+    if name == 'triton':
+        reason = triton.why_not(x)
+        if reason is not None:
+            raise RuntimeError(f"{source}='triton' cannot run here: {reason}. "
+                               "impl='auto' takes the best that can")
+        # Its module imports Triton, which may be missing.
+        from .ops.triton import block
+        functions = Implementation(block.block, block.downsample, block.norm)
+    else:
+        functions = IMPLEMENTATIONS[name]
     if not torch.compiler.is_compiling():
         _log_choice(source, impl, name, x.device.type)
-    return IMPLEMENTATIONS[name]
+    return functions
+
+
+def _best(x: Tensor) -> str:
+    if _needs_plain_operators():
+        return 'eager'
+    if x.device.type == 'cpu':
+        return 'lean'
+    if triton.why_not(x) is None and triton.works_on(str(x.device)):
+        return 'triton'
+    return 'eager'
 
 
 def _needs_plain_operators() -> bool:
@@ -194,7 +211,8 @@ class Block(nn.Module):
 
     def _run(self, x: Tensor, drop_scale: Optional[Tensor]) -> Tensor:
         implementation = select_impl(self.impl, x)
-        if (self.deployed and implementation.block is not eager.block
+        if (self.deployed
+                and implementation.block in (lean.block, lean.block_plus)
                 and not torch.is_grad_enabled()
                 and not torch.compiler.is_compiling()):
             return self._run_deployed(x)
@@ -225,6 +243,35 @@ class Block(nn.Module):
     def extra_repr(self) -> str:
         return (f'drop_path={self.drop_path:.3g}, with_cp={self.with_cp}, '
                 f'impl={self.impl!r}')
+
+
+class LayerNorm2d(nn.LayerNorm):
+    """LayerNorm over the channels of (N, C, H, W).
+
+    Args:
+        channels: C.
+        eps: Added to the variance.
+        impl: ``'auto'`` or one implementation's name.
+        channels_last: Strides of the output; else contiguous.
+    """
+
+    def __init__(self,
+                 channels: int,
+                 eps: float = 1e-6,
+                 impl: str = 'auto',
+                 channels_last: bool = True) -> None:
+        super().__init__(channels, eps=eps)
+        self.impl = impl
+        self.channels_last = channels_last
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) to (N, C, H, W)."""
+        return select_impl(self.impl, x).norm(
+            x,
+            self.weight,
+            self.bias,
+            eps=self.eps,
+            channels_last=self.channels_last)
 
 
 class Downsample(nn.Sequential):

@@ -4,6 +4,8 @@ import copy
 
 import pytest
 import torch
+from block_cases import (NAMES, SMALL, arguments, assert_equals_eager,
+                         relative, run, run_backbone)
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -12,76 +14,12 @@ from convnext_mm.backbone import ARCHS
 from convnext_mm.block import IMPL_NAMES, IMPLEMENTATIONS, Block, select_impl
 from convnext_mm.ops import eager, fused, lean
 
-SMALL = dict(depths=[1, 2, 3, 1], channels=[8, 16, 24, 32])
-
-LEAN = [name for name in IMPLEMENTATIONS if name != 'eager']
-NAMES = ('x', 'dwconv_weight', 'dwconv_bias', 'norm_weight', 'norm_bias',
-         'pwconv1_weight', 'pwconv1_bias', 'pwconv2_weight', 'pwconv2_bias',
-         'gamma', 'grn_gamma', 'grn_beta')
+LEAN = ['lean', 'lean+']
 
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     monkeypatch.setattr(lean, 'CHUNK_ROWS', 512 // torch.get_num_threads())
-
-
-def arguments(channels=24, size=(9, 11), samples=3, version=1, scale=1.,
-              dtype=torch.float32, kernel=7, seed=0):
-    """Arguments of a block by name, the last sample's drop scale 0."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def randn(*shape):
-        return torch.randn(*shape, generator=generator)
-
-    c, m = channels, 4 * channels
-    values = dict(
-        x=randn(samples, c, *size).contiguous(
-            memory_format=torch.channels_last),
-        dwconv_weight=randn(c, 1, kernel, kernel) / kernel,
-        dwconv_bias=randn(c) / 10,
-        norm_weight=1 + randn(c) / 10,
-        norm_bias=randn(c) / 10,
-        pwconv1_weight=randn(m, c) / c**0.5,
-        pwconv1_bias=randn(m) / 10,
-        pwconv2_weight=randn(c, m) / m**0.5,
-        pwconv2_bias=randn(c) / 10)
-    if version == 2:
-        values.update(grn_gamma=randn(1, 1, 1, m), grn_beta=randn(1, 1, 1, m))
-    elif scale is not None:
-        values.update(gamma=scale * randn(c))
-    values = {k: v.to(dtype).requires_grad_() for k, v in values.items()}
-    drop_scale = torch.full((samples, ), 1.25)
-    drop_scale[-1] = 0
-    return values, drop_scale
-
-
-def run(impl, values, drop_scale, autocast=None, **settings):
-    """Output and gradients by name, for one fixed output gradient."""
-    values = {k: v.detach().clone().requires_grad_(v.requires_grad)
-              for k, v in values.items()}
-    with torch.autocast('cpu', autocast, enabled=autocast is not None):
-        out = IMPLEMENTATIONS[impl].block(
-            **values, drop_scale=drop_scale, **settings)
-    generator = torch.Generator().manual_seed(1)
-    out.backward(torch.randn(out.shape, generator=generator).to(out.dtype))
-    return dict(out=out.detach(), **{k: v.grad for k, v in values.items()})
-
-
-def relative(value, reference):
-    difference = (value.double() - reference.double()).abs().max()
-    if difference == 0:  # of two zeros
-        return 0.
-    return (difference / reference.double().abs().max()).item()
-
-
-def assert_equals_eager(impl, values, drop_scale, **settings):
-    expected = run('eager', values, drop_scale, **settings)
-    got = run(impl, values, drop_scale, **settings)
-    tight = values['x'].dtype == torch.float64
-    for name, reference in expected.items():
-        assert got[name].dtype == reference.dtype, name
-        limit = 1e-12 if tight else 1e-5 if name == 'out' else 1e-4
-        assert relative(got[name], reference) < limit, name
 
 
 @pytest.mark.parametrize('impl', LEAN)
@@ -250,18 +188,6 @@ def test_double_backward_is_refused(impl):
         grad.sum().backward()
 
 
-def run_backbone(impl, autocast=None, **settings):
-    """Outputs and gradients by name, on three odd images with drop path."""
-    torch.manual_seed(0)
-    model = ConvNeXt(SMALL, drop_path_rate=0.3, layer_scale_init_value=1.,
-                     impl=impl, **settings)
-    with torch.autocast('cpu', autocast, enabled=autocast is not None):
-        outs = model(torch.rand(3, 3, 65, 100))
-    sum((y * torch.linspace(-1, 1, y.numel()).view_as(y)).sum()
-        for y in outs).backward()
-    return outs, {n: p.grad for n, p in model.named_parameters()}
-
-
 BACKBONES = [dict(), dict(use_grn=True), dict(frozen_stages=2),
              dict(out_indices=(1, 3), out_norm=False)]
 
@@ -422,7 +348,7 @@ def test_flops_are_counted(use_grn):
 def test_auto_and_override(monkeypatch):
     x = torch.rand(1, 8, 4, 4)
     assert select_impl('auto', x) is IMPLEMENTATIONS['lean']
-    assert set(IMPL_NAMES) == {'auto', *IMPLEMENTATIONS}
+    assert set(IMPL_NAMES) == {'auto', 'triton', *IMPLEMENTATIONS}
     monkeypatch.setenv('CONVNEXT_MM_IMPL', 'eager')
     assert select_impl('lean', x) is IMPLEMENTATIONS['eager']
     monkeypatch.setenv('CONVNEXT_MM_IMPL', 'fast')

@@ -121,3 +121,17 @@ def downsample(x: Tensor,
     return F.conv2d(
         x.permute(0, 3, 1, 2), conv_weight, conv_bias, stride, padding,
         dilation)
+
+
+def norm(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float,
+         channels_last: bool) -> Tensor:
+    """LayerNorm over the channels of (N, C, H, W).
+
+    Args:
+        weight, bias: (C,).
+        channels_last: Strides of the output; else contiguous.
+    """
+    x = x.permute(0, 2, 3, 1)  # a view of a channels-last map
+    x = F.layer_norm(x, weight.shape, weight, bias, eps)
+    x = x.permute(0, 3, 1, 2)
+    return x if channels_last else x.contiguous()

@@ -280,7 +280,7 @@ def define_block(name: str, forward: Callable,
                      for g, need in zip(grads, needs)) + no_grads[12:]
 
     forward_op.register_autograd(run_backward, setup_context=setup_context)
-    backward_op.register_autograd(_refuse)
+    backward_op.register_autograd(refuse_double_backward)
     operators = torch.ops.convnext_mm
     register_flop_formula(getattr(operators, f'{name}_forward'))(_block_flops)
     register_flop_formula(getattr(
@@ -315,7 +315,7 @@ def define_block(name: str, forward: Callable,
     return block
 
 
-def _refuse(ctx, *_):
+def refuse_double_backward(ctx, *_):
     raise RuntimeError(
         'only the plain ConvNeXt block can be differentiated twice, not the '
         "fused ones ('lean', 'lean+', 'triton'); use impl='eager' for that")
@@ -429,7 +429,7 @@ def define_downsample(name: str, norm: Callable,
                      for g, need in zip(grads, needs)) + (None, ) * 5
 
     forward_op.register_autograd(run_backward, setup_context=setup_context)
-    backward_op.register_autograd(_refuse)
+    backward_op.register_autograd(refuse_double_backward)
     operators = torch.ops.convnext_mm
     register_flop_formula(getattr(
         operators, f'{name}_downsample'))(_downsample_flops)

@@ -1,0 +1,105 @@
+"""Fused GPU kernels. Importing this imports no Triton, which not every PyTorch
+has: ``.block`` does."""
+import functools
+import importlib.util
+from typing import Optional
+
+import torch
+from mmengine.logging import print_log
+from torch import Tensor
+
+from .. import eager
+from ..fused import compute_dtype
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Values of one sample's map: 4 hidden ones for each, and 32-bit offsets.
+LARGEST_MAP = 2**31 // 4
+MIN_CAPABILITY = (8, 0)  # the oldest that the kernels are compiled for in tests
+
+
+def why_not(x: Tensor) -> Optional[str]:
+    """Why the kernels cannot run on ``x``, or None if they can."""
+    if importlib.util.find_spec('triton') is None:
+        return 'Triton is not installed: pip install triton'
+    for dtype in (x.dtype, compute_dtype(x)):
+        if dtype not in DTYPES:
+            return f'they compute in {_names(DTYPES)}, and the input is {dtype}'
+    values = x.shape[1:].numel()
+    if values >= LARGEST_MAP:
+        return (f'a sample of the input has {values} values, and they take '
+                f'less than {LARGEST_MAP}')
+    if x.device.type == 'cpu' and _interpreted():
+        return None
+    if x.device.type != 'cuda' or torch.version.hip:
+        return ('they need an NVIDIA GPU, and the input is on '
+                f'{"an AMD GPU" if x.is_cuda else x.device.type} (on a CPU '
+                'TRITON_INTERPRET=1 runs them, slowly, for debugging)')
+    capability = torch.cuda.get_device_capability(x.device)
+    if capability < MIN_CAPABILITY:
+        return ('they need a GPU of compute capability '
+                f'{".".join(map(str, MIN_CAPABILITY))} or above, this one has '
+                f'{".".join(map(str, capability))}')
+    return None
+
+
+def _names(dtypes) -> str:
+    return ', '.join(str(dtype).split('.')[1] for dtype in dtypes)
+
+
+def _interpreted() -> bool:
+    import triton
+    return triton.knobs.runtime.interpret
+
+
+@torch.compiler.assume_constant_result
+def works_on(device: str) -> bool:
+    """Whether a small block gives the plain one's numbers on a device.
+
+    A driver, a GPU or a Triton that nobody has tried the kernels on must not
+    break a training run that asks for ``'auto'``: what happens here, once, is
+    the fallback's reason and stands in the log.
+    """
+    return _works_on(device)
+
+
+@functools.lru_cache(maxsize=None)
+def _works_on(device: str) -> bool:
+    try:
+        with torch.inference_mode(False), torch.enable_grad():
+            for dtype in (torch.float32, torch.bfloat16):
+                _check(device, dtype)
+    except Exception as error:  # whatever a compiler or driver may raise
+        print_log(
+            f'the Triton kernels do not work on {device}, plain PyTorch runs '
+            f'instead: {type(error).__name__}: {error}', 'current', 30)
+        return False
+    return True
+
+
+def _check(device: str, dtype: torch.dtype) -> None:
+    """Raises ArithmeticError where outputs or gradients are off."""
+    from . import block as kernels
+    generator = torch.Generator().manual_seed(0)
+    c, m = 24, 96
+    shapes = ((2, c, 9, 11), (c, 1, 7, 7), (c, ), (c, ), (c, ), (m, c), (m, ),
+              (c, m), (c, ), (c, ))
+    values = [torch.randn(*s, generator=generator).to(device) for s in shapes]
+    values[0] = values[0].contiguous(memory_format=torch.channels_last)
+    results = []
+    for function in (eager.block, kernels.block):
+        inputs = [v.clone().requires_grad_() for v in values]
+        with torch.autocast(
+                torch.device(device).type,
+                dtype=torch.bfloat16,
+                enabled=dtype == torch.bfloat16):
+            out = function(*inputs)
+        grads = torch.autograd.grad(out.float().square().mean(), inputs)
+        results.append((out, *grads))
+    # TF32, if the user has it on, is as coarse as bf16's products.
+    limit = 0.1 if dtype == torch.bfloat16 else 0.02
+    for plain, fused in zip(*results):
+        difference = (plain - fused).abs().max() / plain.abs().max()
+        if not difference < limit:
+            raise ArithmeticError(
+                f'in {dtype} a value is off by {difference:.2g} of the largest'
+            )
