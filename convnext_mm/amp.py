@@ -1,6 +1,6 @@
 """Mixed precision in bfloat16 where device and model allow it."""
 from contextlib import contextmanager
-from typing import Iterator, List, Optional, Union
+from typing import Any, Iterator, List, Optional, Tuple, Union
 
 import torch
 from mmengine.device import get_device
@@ -8,13 +8,18 @@ from mmengine.logging import print_log
 from mmengine.optim import AmpOptimWrapper as MMEngineAmpOptimWrapper
 from mmengine.optim import OptimWrapper
 from mmengine.runner.amp import autocast
-from torch import nn
+from torch import Tensor, nn
 
 from .registry import OPTIM_WRAPPERS, register
 
 DTYPES = ('auto', 'bfloat16', 'float16')
 # Of mmcv's operators this one alone takes another way for bfloat16 itself.
 HANDLES_BF16 = 'mmcv.ops.multi_scale_deform_attn'
+HALF_DTYPES = (torch.bfloat16, torch.float16)
+# Base classes in MMDetection, and what of mmcv computes in fp32 in them.
+BOX_PREDICTORS = ('BaseDenseHead', 'BBoxHead')
+ROI_EXTRACTOR = 'BaseRoIExtractor'
+SERVED = ('RoIAlign', 'RoIPool')
 
 
 @register(OPTIM_WRAPPERS)
@@ -27,10 +32,13 @@ class AmpOptimWrapper(MMEngineAmpOptimWrapper):
     runs no operator of mmcv that lacks it. Elsewhere it is float16 with a loss
     scale on GPUs, and fp32 on CPUs. What was picked is logged.
 
-    mmcv 2.3's compiled operators (RoIAlign, deformable convolution, sigmoid
-    focal loss, SyncBN of its own, ...) stop with "not implemented for
-    'BFloat16'", on CPUs and GPUs. ``convnext_mm.SingleRoIExtractor`` in place
-    of MMDetection's feeds RoIAlign fp32, so that the rest can be in bfloat16.
+    With bfloat16, what MMDetection 2 kept in fp32 under mixed precision is so
+    here too: what heads predict for boxes, and the maps that boxes are pooled
+    from. MMDetection 3 takes anchors and boxes to the dtype of the prediction,
+    where bfloat16 rounds a coordinate of 1000 to a multiple of 4. It also
+    serves mmcv's NMS, RoIAlign and focal loss, which have no bfloat16, on CPUs
+    and GPUs. Other compiled operators of mmcv 2.3 lack it as well (deformable
+    convolution, SyncBN of its own, ...): models with them get float16.
 
     Args:
         dtype: ``'auto'``, or ``'bfloat16'`` or ``'float16'`` whatever the
@@ -91,6 +99,7 @@ class AmpOptimWrapper(MMEngineAmpOptimWrapper):
         if dtype == 'bfloat16':
             self.cast_dtype = torch.bfloat16
             self.loss_scaler = type(self.loss_scaler)(enabled=False)
+            keep_boxes_in_fp32(model)
         elif dtype == 'float16':
             self.cast_dtype = torch.float16
         else:
@@ -99,7 +108,7 @@ class AmpOptimWrapper(MMEngineAmpOptimWrapper):
         print_log(f'Training on {self._device} in '
                   f'{dtype or "full"} precision: {reason}.', 'current')
 
-    def _pick(self, model: nn.Module) -> tuple:
+    def _pick(self, model: nn.Module) -> Tuple[Optional[str], str]:
         """The dtype, None for fp32, and why."""
         fallback = None if self._device == 'cpu' else 'float16'
         if not has_bf16(self._device):
@@ -107,9 +116,7 @@ class AmpOptimWrapper(MMEngineAmpOptimWrapper):
         blocking = modules_without_bf16(model, self._device)
         if blocking:
             return fallback, (
-                f'{", ".join(blocking[:3])} cannot run in bfloat16 '
-                '(RoIAlign can, with roi extractors of '
-                "type='convnext_mm.SingleRoIExtractor')")
+                f'{", ".join(blocking[:3])}: mmcv has no bfloat16 for it')
         return 'bfloat16', 'device and model allow it'
 
 
@@ -129,28 +136,59 @@ def has_bf16(device: str) -> bool:
 
 def modules_without_bf16(model: nn.Module,
                          device: Optional[str] = None) -> List[str]:
-    """Names and types of what runs an operator of mmcv that has no bfloat16.
-
-    A module with a true ``feeds_fp32`` vouches for all that it holds.
+    """Names and types of what runs an operator of mmcv that has no bfloat16,
+    leaving out what :func:`keep_boxes_in_fp32` serves.
 
     Args:
         model: The model.
         device: Type of device; by default the one MMEngine picks.
     """
     device = device or get_device()
-    found, exempt = [], []
+    found, served = [], []
     for name, module in model.named_modules():
-        if getattr(module, 'feeds_fp32', False):
-            exempt.append(f'{name}.')
-        if name.startswith(tuple(exempt)):
-            continue
-        sources = {cls.__module__ for cls in type(module).__mro__}
-        compiled = any(
-            source.startswith('mmcv.ops.') and source != HANDLES_BF16
-            for source in sources)
+        if _is_of_mmdet(module, (*BOX_PREDICTORS, ROI_EXTRACTOR)):
+            served.append(f'{name}.')
+        within = name.startswith(tuple(served))
+        compiled = not (within and type(module).__name__ in SERVED) and any(
+            cls.__module__.startswith('mmcv.ops.')
+            and cls.__module__ != HANDLES_BF16
+            for cls in type(module).__mro__)
         # On GPUs the frameworks' focal losses call mmcv's; on CPUs they do not.
-        focal = (device != 'cpu' and type(module).__name__ == 'FocalLoss'
+        focal = (not within and device != 'cpu'
+                 and type(module).__name__ == 'FocalLoss'
                  and getattr(module, 'use_sigmoid', False))
         if compiled or focal:
             found.append(f'{name} ({type(module).__name__})')
     return found
+
+
+def keep_boxes_in_fp32(model: nn.Module) -> None:
+    """Makes MMDetection's heads predict boxes and their scores, and its RoI
+    extractors read maps, in fp32 also under autocast."""
+    for module in model.modules():
+        if _is_of_mmdet(module, BOX_PREDICTORS):
+            module.register_forward_hook(_predict_fp32)
+        elif _is_of_mmdet(module, (ROI_EXTRACTOR, )):
+            module.register_forward_pre_hook(_read_fp32)
+
+
+def _is_of_mmdet(module: nn.Module, names: Tuple[str, ...]) -> bool:
+    # By name: the package must not need MMDetection.
+    return any(cls.__name__ in names and cls.__module__.startswith('mmdet.')
+               for cls in type(module).__mro__)
+
+
+def _predict_fp32(module: nn.Module, inputs: tuple, output: Any) -> Any:
+    return _to_fp32(output)
+
+
+def _read_fp32(module: nn.Module, inputs: tuple) -> tuple:
+    return _to_fp32(inputs)
+
+
+def _to_fp32(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.float() if value.dtype in HALF_DTYPES else value
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(_to_fp32, value))
+    return value

@@ -9,14 +9,11 @@ from torch import Tensor
 class SingleRoIExtractor(MMDetSingleRoIExtractor):
     """MMDetection's, with maps handed to RoIAlign in fp32 and contiguous.
 
-    mmcv's RoIAlign has no bfloat16 and reads channels-last memory as if it were
-    contiguous, which gives garbage without an error. And in 16 bits the corners
-    of boxes are rounded to several pixels: MMDetection 2, with which the
-    recipes were published, ran this in fp32 too.
+    mmcv's RoIAlign reads channels-last memory as if it were contiguous, which
+    gives garbage without an error. It has no bfloat16 either, and in 16 bits
+    the corners of boxes are rounded to several pixels: MMDetection 2, with
+    which the recipes were published, ran this in fp32 too.
     """
-
-    # To convnext_mm.amp: RoIAlign in here is no obstacle to bfloat16.
-    feeds_fp32 = True
 
     def forward(self,
                 feats: Tuple[Tensor, ...],

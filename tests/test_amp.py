@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from mmengine.optim import build_optim_wrapper
+from mmengine.registry import DefaultScope
 from torch import nn
 
 from convnext_mm import AmpOptimWrapper, ConvNeXt, amp
@@ -173,23 +174,25 @@ def test_resume_in_the_other_dtype(model, monkeypatch):
 
 def test_what_cannot_run_in_bf16_is_found(model, monkeypatch):
     ops = pytest.importorskip('mmcv.ops')
-    from mmdet.models import FocalLoss, SingleRoIExtractor
-    from mmengine.registry import MODELS
-    settings = dict(
+    from mmdet.models import FocalLoss, RetinaHead, SingleRoIExtractor
+    model.deform = ops.MultiScaleDeformableAttention(8, 2)
+    model.roi = SingleRoIExtractor(
         roi_layer=dict(type='RoIAlign', output_size=7),
         out_channels=8,
         featmap_strides=[4, 8])
-    model.deform = ops.MultiScaleDeformableAttention(8, 2)
-    model.ours = MODELS.build(
-        dict(type='convnext_mm.SingleRoIExtractor', **settings))
-    assert isinstance(model.ours, SingleRoIExtractor)
+    with DefaultScope.overwrite_default_scope('mmdet'):
+        model.dense = RetinaHead(
+            num_classes=3,
+            in_channels=8,
+            loss_cls=dict(type='FocalLoss', use_sigmoid=True))
+    assert isinstance(model.dense.loss_cls, FocalLoss)
     assert amp.modules_without_bf16(model, 'cuda') == []
     model.loss = FocalLoss()
-    assert amp.modules_without_bf16(model, 'cpu') == []
-    assert amp.modules_without_bf16(model, 'cuda') == ['loss (FocalLoss)']
-    model.roi = SingleRoIExtractor(**settings)
-    found = amp.modules_without_bf16(model, 'cpu')
-    assert found == [f'roi.roi_layers.{i} (RoIAlign)' for i in range(2)]
+    model.dcn = ops.ModulatedDeformConv2dPack(8, 8, 3)
+    assert amp.modules_without_bf16(model, 'cpu') == [
+        'dcn (ModulatedDeformConv2dPack)']
+    assert amp.modules_without_bf16(model, 'cuda') == [
+        'loss (FocalLoss)', 'dcn (ModulatedDeformConv2dPack)']
     FakeGpu(monkeypatch, bf16=True)
     wrapper = build(model)
     wrapper._resolve(model)
@@ -197,6 +200,19 @@ def test_what_cannot_run_in_bf16_is_found(model, monkeypatch):
     wrapper = build(model, dtype='bfloat16')
     wrapper._resolve(model)
     assert wrapper.cast_dtype is torch.bfloat16
+
+
+def test_boxes_stay_in_fp32_under_bf16(model):
+    pytest.importorskip('mmdet')
+    from mmdet.models import RetinaHead
+    with DefaultScope.overwrite_default_scope('mmdet'):
+        head = RetinaHead(num_classes=3, in_channels=8)
+    maps = [torch.rand(1, 8, 4, 4)] * 5
+    for expected in (torch.bfloat16, torch.float32):
+        with torch.autocast('cpu', torch.bfloat16):
+            scores, boxes = head(maps)
+        assert {x.dtype for x in (*scores, *boxes)} == {expected}
+        amp.keep_boxes_in_fp32(head)
 
 
 def test_wrong_dtypes_are_named(model):

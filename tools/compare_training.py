@@ -108,6 +108,7 @@ def _our_backbone(cfg: Config, arch: str) -> nn.Module:
 def with_mmpretrain(cfg: Config) -> Config:
     """The same model with mmpretrain's backbone."""
     cfg = copy.deepcopy(cfg)
+    cfg.model.backbone.pop('out_layout', None)
     cfg.model.backbone.update(
         type='mmpretrain.ConvNeXt',
         out_indices=(0, 1, 2, 3),
