@@ -52,6 +52,7 @@ def set_arch(cfg: Config, arch: str) -> None:
 def with_mmpretrain(cfg: Config) -> Config:
     """The same model with mmpretrain's backbone."""
     cfg = copy.deepcopy(cfg)
+    cfg.model.backbone.pop('out_layout', None)
     cfg.model.backbone.update(
         type='mmpretrain.ConvNeXt',
         out_indices=(0, 1, 2, 3),
@@ -118,7 +119,8 @@ def read_config(task: str, arch: str, size: Tuple[int, int], dtype: str,
             f'--dtype {dtype} of a whole model needs --device cuda: '
             "MMEngine's mixed precision refuses CPUs; on one use --dtype fp32")
     else:
-        optim_wrapper.update(type='AmpOptimWrapper', dtype=AMP_DTYPES[dtype])
+        optim_wrapper.update(
+            type='convnext_mm.AmpOptimWrapper', dtype=AMP_DTYPES[dtype])
     return cfg
 
 
