@@ -22,4 +22,4 @@ while [ $# -gt 0 ]; do
 done
 python=$(gpu_python "$wheels")
 # Results are written after each task, so an end by the clock loses one at most.
-exec timeout 530 "$python" -W ignore "$tools/gpu_train.py" "${arguments[@]}"
+exec timeout 520 "$python" -W ignore "$tools/gpu_train.py" "${arguments[@]}"

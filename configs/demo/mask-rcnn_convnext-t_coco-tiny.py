@@ -52,7 +52,12 @@ test_dataloader = val_dataloader
 val_evaluator = dict(
     ann_file=data_root + 'annotations/instances_train2017.json')
 test_evaluator = val_evaluator
+
+max_iters = 200
+train_cfg = dict(max_iters=max_iters, val_interval=max_iters)
+param_scheduler = _base_.param_scheduler
+param_scheduler[1].end = max_iters
 default_hooks = dict(
     logger=dict(interval=50, log_metric_by_epoch=False),
-    checkpoint=dict(by_epoch=False, interval=300))
+    checkpoint=dict(by_epoch=False, interval=max_iters))
 log_processor = dict(by_epoch=False)
