@@ -8,6 +8,7 @@ except ModuleNotFoundError as error:
         'onedl-mmengine`') from error
 
 from . import compat  # noqa: F401
+from .amp import AmpOptimWrapper
 from .backbone import ConvNeXt
 from .checkpoint import (CheckpointError, convert_state_dict,
                          load_checkpoint)
@@ -16,7 +17,7 @@ from .layer_decay import LayerDecayOptimWrapperConstructor
 from .version import __version__
 
 __all__ = [
-    'CheckpointError', 'ConvNeXt', 'LayerDecayOptimWrapperConstructor',
-    'ReleasedClassifierInit', '__version__', 'convert_state_dict',
-    'load_checkpoint'
+    'AmpOptimWrapper', 'CheckpointError', 'ConvNeXt',
+    'LayerDecayOptimWrapperConstructor', 'ReleasedClassifierInit',
+    '__version__', 'convert_state_dict', 'load_checkpoint'
 ]

@@ -16,6 +16,10 @@ from .registry import MODELS, register
 
 NUM_STAGES = 4
 OUTPUT_STRIDES = (8, 16, 32)
+# mmcv's RoIAlign and its like read memory as (N, C, H, W) whatever the strides
+# say: to them channels-last would be garbage, so it is not the default.
+OUT_LAYOUTS = dict(
+    contiguous=torch.contiguous_format, channels_last=torch.channels_last)
 
 # What mmpretrain's ConvNeXt has and this one does not vary: its defaults.
 MMPRETRAIN_DEFAULTS = dict(
@@ -65,6 +69,11 @@ class ConvNeXt(BaseModule):
             dilated.
         frozen_stages: 0 or -1 freezes nothing; k freezes the stem, the first k
             stages and the downsampling layers before them.
+        out_layout: Memory layout of emitted maps. ``'contiguous'``, what any
+            head can take. ``'channels_last'``: as they are computed, without a
+            copy; values are equal. Only for heads that heed strides: PyTorch's
+            operators do, mmcv's RoIAlign reads garbage (
+            ``convnext_mm.SingleRoIExtractor`` prevents that).
         gap_before_final_norm: Emit (N, C_i), pooled and then normalised, for
             classifiers.
         with_cp: Recompute blocks in backward: less memory, more time.
@@ -115,6 +124,7 @@ class ConvNeXt(BaseModule):
                  layer_scale_init_value: float = 1e-6,
                  out_indices: Union[int, Sequence[int]] = (0, 1, 2, 3),
                  out_norm: bool = True,
+                 out_layout: str = 'contiguous',
                  output_stride: int = 32,
                  frozen_stages: int = 0,
                  gap_before_final_norm: bool = False,
@@ -152,6 +162,10 @@ class ConvNeXt(BaseModule):
                              'samples that skip the last block, got '
                              f'{drop_path_rate}')
         _number('layer_scale_init_value', layer_scale_init_value)
+        if out_layout not in OUT_LAYOUTS:
+            raise ValueError(f'out_layout must be one of {(*OUT_LAYOUTS, )}, '
+                             f'got {out_layout!r}')
+        self.out_layout = out_layout
         if impl not in IMPL_NAMES:
             raise ValueError(f'unknown impl {impl!r}; one of {IMPL_NAMES}')
         self.output_stride = _parse_output_stride(output_stride,
@@ -191,12 +205,13 @@ class ConvNeXt(BaseModule):
                     dilation=dilation,
                     impl=impl) for _ in range(self.depths[i]))))
             if out_norm and i in self.out_indices:
-                # mmcv's RoIAlign and its like read memory as (N, C, H, W)
-                # whatever the strides say: channels-last would be garbage.
                 self.add_module(
                     f'norm{i}',
                     LayerNorm2d(
-                        width, eps=norm_eps, impl=impl, channels_last=False))
+                        width,
+                        eps=norm_eps,
+                        impl=impl,
+                        channels_last=out_layout == 'channels_last'))
 
         self.apply(_init_weights)
         self._freeze()
@@ -211,8 +226,8 @@ class ConvNeXt(BaseModule):
         Returns:
             One (N, C_i, H / s_i, W / s_i) for each emitted stage, strides s_i
             of 4, 8, 16, 32 (sizes rounded down) for ``stem_patch_size=4``, none
-            above ``output_stride``, in contiguous memory; or (N, C_i) with
-            ``gap_before_final_norm``.
+            above ``output_stride``, in memory of ``out_layout``; or (N, C_i)
+            with ``gap_before_final_norm``.
 
         Raises:
             TypeError, ValueError: ``x`` has another type, rank, number of
@@ -230,7 +245,7 @@ class ConvNeXt(BaseModule):
                 out = out if norm is None else norm(out)
                 outs.append(
                     out.flatten(1) if self.gap_before_final_norm else out.
-                    contiguous())
+                    contiguous(memory_format=OUT_LAYOUTS[self.out_layout]))
         return tuple(outs)
 
     def init_weights(self) -> None:

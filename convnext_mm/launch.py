@@ -18,7 +18,12 @@ from .checkpoint import CheckpointError
 from .data_check import DataError, leaf_configs
 from .runner import Runner, use_safe_loading
 
-AMP_DEVICES = ('cuda', 'npu', 'mlu', 'musa')  # AmpOptimWrapper refuses others
+GPUS = ('cuda', 'npu', 'mlu', 'musa')
+AMP_DEVICES = {  # what the wrappers of mixed precision do not refuse
+    'AmpOptimWrapper': GPUS,
+    'convnext_mm.AmpOptimWrapper': (*GPUS, 'cpu')
+}
+FUSED_DEVICES = ('cuda', 'cpu', 'mps')  # where PyTorch has fused optimizers
 LAUNCHERS = ('none', 'pytorch', 'slurm', 'mpi')
 # Where users get the data of a dataset type, or None: it is their own.
 DATA_SOURCES = {
@@ -119,10 +124,11 @@ def _replace_prefix(node, old: str, new: str):
 def fit_to_device(cfg: Config, device: Optional[str] = None) -> None:
     """Changes, in place, what a config asks for and a device cannot do.
 
-    Without a device that mixed precision supports, training is in fp32; on a
-    CPU processes talk through gloo and synchronised batch norm, which has no
-    CPU kernel, becomes batch norm. (In a single process MMEngine itself turns
-    it into batch norm and says so.) Each change is one log line.
+    Without a device that mixed precision supports, training is in fp32;
+    without one that has fused optimizers, the plain one updates the weights;
+    on a CPU processes talk through gloo and synchronised batch norm, which has
+    no CPU kernel, becomes batch norm. (In a single process MMEngine itself
+    turns it into batch norm and says so.) Each change is one log line.
 
     Args:
         cfg: The whole config.
@@ -130,12 +136,15 @@ def fit_to_device(cfg: Config, device: Optional[str] = None) -> None:
     """
     device = device or get_device()
     optim_wrapper = cfg.get('optim_wrapper') or {}
-    if (optim_wrapper.get('type') == 'AmpOptimWrapper'
-            and device not in AMP_DEVICES):
+    if device not in AMP_DEVICES.get(optim_wrapper.get('type'), (device, )):
         optim_wrapper.type = 'OptimWrapper'
         for key in ('loss_scale', 'dtype', 'use_fsdp'):
             optim_wrapper.pop(key, None)
         _print_once(f'No mixed precision on {device}: training in fp32.')
+    optimizer = optim_wrapper.get('optimizer') or {}
+    if optimizer.get('fused') and device not in FUSED_DEVICES:
+        optimizer.fused = False
+        _print_once(f'No fused optimizer on {device}: the plain one.')
     if device != 'cpu':
         return
     cfg.setdefault('env_cfg', ConfigDict()).dist_cfg = dict(backend='gloo')

@@ -7,7 +7,6 @@ import pytest
 from mmengine.config import Config
 from mmengine.config import utils as config_utils
 from mmengine.optim import build_optim_wrapper
-from mmengine.optim.optimizer import amp_optimizer_wrapper
 from mmengine.registry import PARAM_SCHEDULERS, init_default_scope
 
 from convnext_mm.complexity import build_model
@@ -37,13 +36,10 @@ def model_of(path: str):
 
 @lru_cache(maxsize=2)
 def optim_wrapper_of(path: str):
-    """Its optimizer wrapper, built by its constructor. Mixed precision refuses
-    a CPU; it is made to believe in a GPU."""
+    """Its optimizer wrapper, built by its constructor."""
     init_default_scope(load(path).default_scope)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(amp_optimizer_wrapper, 'is_cuda_available', lambda: True)
-        return build_optim_wrapper(
-            model_of(path), copy.deepcopy(load(path).optim_wrapper))
+    return build_optim_wrapper(
+        model_of(path), copy.deepcopy(load(path).optim_wrapper))
 
 
 def learning_rates(cfg, optimizer, epoch_length, num_iters, sample):

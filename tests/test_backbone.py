@@ -292,6 +292,19 @@ def test_emitted_maps_are_what_roi_align_reads(out_norm):
     assert torch.equal(align(maps[0], rois), align(copied, rois))
 
 
+@pytest.mark.parametrize('out_norm', [True, False])
+def test_channels_last_maps_have_equal_values(out_norm):
+    torch.manual_seed(0)
+    model = ConvNeXt(SMALL, out_norm=out_norm)
+    x = torch.rand(2, 3, 64, 64)
+    expected = model(x)
+    model.out_layout = 'channels_last'
+    for ours, theirs in zip(model(x), expected):
+        assert ours.is_contiguous(memory_format=torch.channels_last)
+        assert not ours.is_contiguous() or 1 in ours.shape[1:]
+        assert torch.equal(ours, theirs)
+
+
 def test_grn_survives_fp16():
     x = torch.full((1, 64, 64, 8), 200., dtype=torch.float16)
     out = grn(x, torch.ones(1, 1, 1, 8), torch.zeros(1, 1, 1, 8))
@@ -340,6 +353,8 @@ def test_import_needs_no_head_library():
 
 
 @pytest.mark.parametrize('settings, error, words', [
+    (dict(out_layout='nhwc'), ValueError,
+     ['out_layout', "'contiguous', 'channels_last'", "'nhwc'"]),
     (dict(arch='huuge'), ValueError, ["'huuge'", 'tiny', 'depths=']),
     (dict(arch=3), TypeError, ['arch', '3']),
     (dict(arch=dict(depths=[1, 1, 1, 1])), ValueError, ['channels']),

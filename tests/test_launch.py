@@ -137,6 +137,26 @@ def test_fit_to_a_cpu(launcher, capsys):
         assert cfg.model_wrapper_cfg.device_ids is None
 
 
+@pytest.mark.parametrize('device, kind, fused', [
+    ('cuda', 'convnext_mm.AmpOptimWrapper', True),
+    ('cpu', 'convnext_mm.AmpOptimWrapper', True),  # it sees to CPUs itself
+    ('npu', 'convnext_mm.AmpOptimWrapper', False),
+    ('mps', 'OptimWrapper', True),
+])
+def test_what_a_device_cannot_do_is_left_out(device, kind, fused, capsys):
+    cfg = Config(dict(
+        launcher='none',
+        model={},
+        optim_wrapper=dict(type='convnext_mm.AmpOptimWrapper', dtype='auto',
+                           optimizer=dict(type='AdamW', fused=True))))
+    fit_to_device(cfg, device)
+    assert cfg.optim_wrapper.type == kind
+    assert ('dtype' in cfg.optim_wrapper) == ('Amp' in kind)
+    assert cfg.optim_wrapper.optimizer.fused is fused
+    said = capsys.readouterr().out
+    assert ('No fused optimizer on npu' in said) is not fused
+
+
 def test_a_gpu_config_stays_as_it_is():
     before = Config(dict(
         launcher='pytorch',

@@ -6,12 +6,16 @@ import pytest
 import torch
 from block_cases import (NAMES, SMALL, arguments, assert_equals_eager,
                          relative, run, run_backbone)
+from torch import nn
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from convnext_mm import ConvNeXt
 from convnext_mm.backbone import ARCHS
-from convnext_mm.block import IMPL_NAMES, IMPLEMENTATIONS, Block, select_impl
+from convnext_mm.block import (IMPL_NAMES, IMPLEMENTATIONS, Block, Downsample,
+                               select_impl)
 from convnext_mm.ops import eager, fused, lean
 
 LEAN = ['lean', 'lean+']
@@ -295,6 +299,42 @@ def test_compiles_with_fixed_shapes(impl, autocast):
         torch.testing.assert_close(a, b)
     for p, q in zip(model.parameters(), compiled.parameters()):
         torch.testing.assert_close(p.grad, q.grad)
+
+
+@pytest.mark.parametrize('size', [2, 4, 9])
+def test_gradients_have_the_strides_that_compiled_code_expects(size):
+    """On a map of 2 x 2 convolutions give weight gradients in channels-last
+    strides; inductor's code relies on those of the operator's fake."""
+    layers = nn.Sequential(
+        Block(8, impl='lean'),
+        Downsample(nn.LayerNorm(8), nn.Conv2d(8, 16, 2, 2), impl='lean'))
+    x = torch.rand(1, 8, size, size).contiguous(
+        memory_format=torch.channels_last)
+    with StrideCheck() as check:
+        layers(x).square().sum().backward()
+    assert check.operators == {'lean_backward', 'lean_downsample_backward'}
+
+
+class StrideCheck(TorchDispatchMode):
+    """Compares strides that this package's backward operators give with those
+    of their fakes."""
+
+    def __init__(self):
+        super().__init__()
+        self.operators = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        outs = func(*args, **(kwargs or {}))
+        name = func._schema.name.partition('::')[2]
+        if func.namespace == 'convnext_mm' and name.endswith('backward'):
+            self.operators.add(name)
+            with FakeTensorMode(allow_non_fake_inputs=True):
+                fakes = func(*args)
+            assert [[(n, s) for n, s in zip(t.shape, t.stride()) if n > 1]
+                    for t in outs] == [
+                        [(n, s) for n, s in zip(t.shape, t.stride()) if n > 1]
+                        for t in fakes]
+        return outs
 
 
 @pytest.mark.parametrize('version', [1, 2])

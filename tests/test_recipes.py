@@ -3,20 +3,22 @@ import json
 import warnings
 from pathlib import Path
 
-import mmdet
+import mmdet.models
 import mmseg
 import numpy as np
 import pytest
 import torch
 from mmdet.engine.optimizers.layer_decay_optimizer_constructor import (
     get_layer_id_for_convnext, get_stage_id_for_convnext)
+from mmengine import optim
 from mmengine.config import Config
 from mmengine.dataset import Compose
+from mmengine.optim import OptimWrapper
 from mmengine.registry import MODELS, init_default_scope
 from recipe_models import (RECIPES, ROOT, learning_rates, load, model_of,
                            optim_wrapper_of, stand_in)
 
-from convnext_mm import ConvNeXt
+from convnext_mm import AmpOptimWrapper, ConvNeXt
 from convnext_mm.complexity import build_model, count, default_shape, total
 from convnext_mm.layer_decay import LayerDecayOptimWrapperConstructor
 
@@ -113,10 +115,13 @@ def test_optimizer(recipe):
     constructor = cfg.optim_wrapper.constructor
     assert constructor == ('convnext_mm.'
                            + LayerDecayOptimWrapperConstructor.__name__)
-    kind = 'AmpOptimWrapper' if entry['amp_fp16'] else 'OptimWrapper'
-    assert type(wrapper).__name__ == kind
+    # Published in fp16: ours is MMEngine's wrapper, in bf16 where possible.
+    kind = AmpOptimWrapper if entry['amp_fp16'] else OptimWrapper
+    assert type(wrapper) is kind
+    assert issubclass(AmpOptimWrapper, optim.AmpOptimWrapper)
     assert wrapper.clip_grad_kwargs is None
     assert type(wrapper.optimizer) is torch.optim.AdamW
+    assert wrapper.optimizer.defaults['fused'] is True
     # MMDetection's functions, of the released code, take different counts.
     num_ids = entry['num_layers'] + 2
     layer_id, limit = dict(
@@ -276,7 +281,8 @@ def facts(model):
 
 def test_all_else_is_the_frameworks(recipe):
     """Heads, RPN, proposals, losses and pipelines that recipes.json does not
-    hold are those of the shipped configs."""
+    hold are those of the shipped configs, but for the dtype and the layout of
+    what RoIAlign gets."""
     entry, path = recipe
     cfg, reference = load(path), shipped(path)
     if entry['task'] == 'ade20k' or entry['arch'] == 'tiny':
@@ -284,6 +290,16 @@ def test_all_else_is_the_frameworks(recipe):
         ours, theirs = facts(model_of(path)), facts(build_model(reference))
         ours.pop('.test_cfg'), theirs.pop('.test_cfg')
         assert len(ours) > 100 and ours == theirs
+    if entry['task'] == 'coco':
+        from convnext_mm.roi_extractor import SingleRoIExtractor
+        assert issubclass(SingleRoIExtractor, mmdet.models.SingleRoIExtractor)
+        extractors = [
+            module for module in model_of(path).modules()
+            if isinstance(module, mmdet.models.BaseRoIExtractor)
+        ]
+        assert len(extractors) == (
+            2 if entry['method'] == 'mask_rcnn' else 6)
+        assert {type(e) for e in extractors} == {SingleRoIExtractor}
     for split in ('train', 'val', 'test'):
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')

@@ -43,3 +43,20 @@ def test_a_class_of_the_same_bare_name_is_kept():
     done = subprocess.run([sys.executable, '-W', 'ignore', '-c', code],
                           capture_output=True, text=True, check=True)
     assert done.stdout.strip().endswith('True True'), done.stdout
+
+
+def test_what_recipes_name_resolves_with_nothing_imported():
+    pytest.importorskip('mmdet')
+    code = '''
+from mmengine.registry import HOOKS, MODELS, OPTIM_WRAPPERS
+print(OPTIM_WRAPPERS.get('convnext_mm.AmpOptimWrapper').__module__)
+print(HOOKS.get('convnext_mm.StepProfilerHook').__module__)
+print(type(MODELS.build(dict(
+    type='convnext_mm.SingleRoIExtractor', out_channels=1, featmap_strides=[4],
+    roi_layer=dict(type='RoIAlign', output_size=7)))).__module__)
+'''
+    done = subprocess.run([sys.executable, '-W', 'ignore', '-c', code],
+                          capture_output=True, text=True, check=True)
+    found = [w for w in done.stdout.split() if w.startswith('convnext_mm.')]
+    assert found == [f'convnext_mm.{name}'
+                     for name in ('amp', 'profile_hook', 'roi_extractor')]

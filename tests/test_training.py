@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from convnext_mm.amp import has_bf16
 from convnext_mm.datasets import write_shapes
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -81,7 +82,8 @@ def test_train_test_resume(shapes, tmp_path):
     common = ('--data-root', shapes, '--cfg-options', *FEW_ITERATIONS)
     said = tool('train', SHAPES, '--work-dir', tmp_path / 'a', '--amp',
                 *common)
-    assert 'No mixed precision on cpu' in said
+    dtype = 'bfloat16' if has_bf16('cpu') else 'full'
+    assert f'Training on cpu in {dtype} precision' in said
     assert 'Layer decay: layer_wise, rate 1.0' in said
     assert 'coco/segm_mAP' in said or 'segm_mAP' in said
     trained = metrics(tmp_path / 'a')

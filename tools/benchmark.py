@@ -1,11 +1,15 @@
-"""Times ConvNeXt backbones side by side and writes one json file.
+"""Times ConvNeXt backbones, or whole detectors and segmentors with them, side
+by side and writes one json file.
 
 All networks run in this process, with the same weights (checked: their maps
 must agree first), taking turns round after round, so that what else the machine
 does hits all alike. Memory is what hooks see saved for backward, each memory
-block once, parameters not counted.
+block once, parameters not counted; on a GPU also the peak of what a network
+allocates and owns.
 
     python tools/benchmark.py --mode train --dtype fp32 --out benchmarks/x.json
+    python tools/benchmark.py --mode detector --device cuda --dtype amp \\
+        --out benchmarks/y.json
 """
 import argparse
 import copy
@@ -14,282 +18,223 @@ import json
 import os
 import platform
 import shlex
-import statistics
 import sys
-import time
 from pathlib import Path
-from typing import Callable, Dict, List
+from typing import Callable, Dict, List, NamedTuple, Optional
 
 import torch
-import torch.nn.functional as F
+from benchmarking.floor import Rates, backbone_cost
+from benchmarking.meter import Meter, Step, own_bytes, saved_bytes
+from benchmarking.networks import (COMPILED, DEPLOY, OURS, PEERS, build,
+                                   difference, one_line)
+from rich.console import Console
+from rich.table import Table
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
-from convnext_mm import ConvNeXt, convert_state_dict
 from convnext_mm.archs import ARCHS
 
-PEERS = ('paper', 'mmpretrain', 'timm', 'torchvision', 'transformers')
-OURS = ('eager', 'lean', 'lean+', 'lean+deploy')
-MODES = ('infer', 'train', 'memory')
-DTYPES = ('fp32', 'amp', 'bf16')  # amp: bf16 autocast of fp32 weights
-# The fewest values moved per channel, pixel and block (docs/performance.md).
-LEAST_VALUES = dict(infer=18, train=59)
+BACKBONE_MODES = ('infer', 'train', 'memory')
+MODEL_MODES = ('detector', 'segmentor')
 
 
-class Paper(nn.Module):
-    """The network as the paper's released code computes it: NCHW maps,
-    permuted for the pointwise layers, LayerNorm of NCHW maps in separate
-    steps. Parameters are those of a :class:`ConvNeXt`."""
+class Precision(NamedTuple):
+    """The parameters' dtype and autocast's."""
+    parameters: torch.dtype
+    autocast: Optional[torch.dtype] = None
 
-    def __init__(self, model: ConvNeXt) -> None:
-        super().__init__()
-        self.model = model
-
-    @staticmethod
-    def norm(x: Tensor, norm: nn.LayerNorm) -> Tensor:
-        centred = x - x.mean(1, keepdim=True)
-        variance = centred.pow(2).mean(1, keepdim=True)
-        x = centred / torch.sqrt(variance + norm.eps)
-        return norm.weight[:, None, None] * x + norm.bias[:, None, None]
-
-    def forward(self, x: Tensor) -> List[Tensor]:
-        outs = []
-        for i, stage in enumerate(self.model.stages):
-            for layer in self.model.downsample_layers[i]:
-                x = (layer(x) if isinstance(layer, nn.Conv2d) else self.norm(
-                    x, layer))
-            for block in stage:
-                y = block.dwconv(x).permute(0, 2, 3, 1)
-                y = block.pwconv2(F.gelu(block.pwconv1(block.norm(y))))
-                x = x + (block.gamma * y).permute(0, 3, 1, 2)
-            outs.append(self.norm(x, getattr(self.model, f'norm{i}')))
-        return outs
+    @property
+    def compute(self) -> torch.dtype:
+        return self.autocast or self.parameters
 
 
-class Peer(nn.Module):
-    """Another library's network with our norms on the maps that it emits."""
-
-    def __init__(self, network: nn.Module,
-                 features: Callable[[nn.Module, Tensor], List[Tensor]],
-                 model: ConvNeXt) -> None:
-        super().__init__()
-        self.network, self.features = network, features
-        self.norms = None
-        state, _ = convert_state_dict(network.state_dict())
-        with torch.no_grad():  # writes through to the network's parameters
-            for name, value in model.state_dict().items():
-                if name in state:
-                    state[name].copy_(value)
-        if 'norm0.weight' not in state:
-            self.norms = nn.ModuleList(
-                copy.deepcopy(getattr(model, f'norm{i}')) for i in range(4))
-
-    def forward(self, x: Tensor) -> List[Tensor]:
-        outs = self.features(self.network, x)
-        if self.norms is None:
-            return list(outs)
-        return [norm(out) for norm, out in zip(self.norms, outs)]
+# In this order: casting a network to another dtype has no way back.
+DTYPES = {
+    'fp32': Precision(torch.float32),
+    'amp': Precision(torch.float32, torch.bfloat16),
+    'amp-fp16': Precision(torch.float32, torch.float16),
+    'bf16': Precision(torch.bfloat16),
+    'fp16': Precision(torch.float16),
+}
+# What a compiled network may differ by from the same one before, of the
+# largest value: operators fused in another order round otherwise.
+COMPILED_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1,
+                      torch.float16: 0.02}
 
 
-def build_peer(name: str, arch: str, model: ConvNeXt) -> nn.Module:
-    """A peer with the weights of ``model``."""
-    depths, channels = ARCHS[arch].depths, ARCHS[arch].channels
-    if name == 'paper':
-        return Paper(copy.deepcopy(model))
-    if name == 'mmpretrain':
-        from mmpretrain.models import ConvNeXt as Network
-        network = Network(
-            dict(depths=depths, channels=channels), out_indices=[0, 1, 2, 3],
-            gap_before_final_norm=False)
-        return Peer(network, lambda net, x: net(x), model)
-    if name == 'timm':
-        import timm
-        network = timm.create_model(
-            'convnext_tiny', depths=depths, dims=channels, num_classes=0)
-        return Peer(network, lambda net, x: net.forward_intermediates(
-            x, intermediates_only=True), model)
-    if name == 'torchvision':
-        from torchvision.models import convnext
-        network = convnext.ConvNeXt([
-            convnext.CNBlockConfig(*sizes)
-            for sizes in zip(channels, (*channels[1:], None), depths)
-        ])
+class BackboneBench:
+    """Backbones on one image batch."""
 
-        def features(net, x):
-            outs = []
-            for layer in net.features:
-                x = layer(x)
-                outs.append(x)
-            return outs[1::2]
-
-        return Peer(network, features, model)
-    import transformers
-    network = transformers.ConvNextModel(
-        transformers.ConvNextConfig(depths=depths, hidden_sizes=channels))
-    return Peer(
-        network, lambda net, x: net(x, output_hidden_states=True)
-        .hidden_states[1:], model)
-
-
-def build(args: argparse.Namespace) -> Dict[str, nn.Module]:
-    """Every network by name, all with the same weights."""
-    torch.manual_seed(0)
-    model = ConvNeXt(args.arch, layer_scale_init_value=0.1, impl='eager')
-    networks = {}
-    for name in args.networks:
-        if name in PEERS:
-            networks[name] = build_peer(name, args.arch, model)
-            continue
-        networks[name] = ConvNeXt(
-            args.arch, impl=name.removesuffix('+deploy'),
-            layer_scale_init_value=0.1)
-        networks[name].load_state_dict(model.state_dict())
-        if name.endswith('+deploy'):
-            networks[name].switch_to_deploy()
-    for name in [n for n in networks if n in args.compile]:
-        networks[name + ' compiled'] = torch.compile(
-            copy.deepcopy(networks[name]), dynamic=False)
-    for network in networks.values():
-        network.to(args.device)
-    return networks
-
-
-def check_equal(networks: Dict[str, nn.Module], device: str) -> None:
-    """Refuses to compare networks that do not compute the same maps.
-
-    Raises:
-        SystemExit: Two differ by more than 1e-4 of the largest value.
-    """
-    x = torch.rand(1, 3, 64, 96, device=device)
-    with torch.no_grad():
-        results = {n: m.eval()(x) for n, m in networks.items()
-                   if not n.endswith('compiled')}
-    first, expected = next(iter(results.items()))
-    for name, outs in results.items():
-        for ours, theirs in zip(expected, outs, strict=True):
-            error = (ours - theirs).abs().max() / ours.abs().max()
-            if not error < 1e-4:
-                raise SystemExit(f'{name} and {first} differ by {error:.1e}')
-
-
-def saved_bytes(run: Callable[[], List[Tensor]], model: nn.Module) -> int:
-    """Bytes saved for backward by a forward pass."""
-    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    sizes = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            sizes[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        outs = run()
-    del outs
-    return sum(sizes.values())
-
-
-class Bench:
-    """One image batch, one device, one clock."""
-
-    def __init__(self, args: argparse.Namespace) -> None:
-        self.args = args
+    def __init__(self, args: argparse.Namespace, meter: Meter,
+                 rates: Rates) -> None:
+        self.args, self.meter, self.rates = args, meter, rates
+        names = args.networks or [*PEERS, *default_ours(args.device)]
+        self.networks, self.skipped = build(names, args.arch, args.device)
         self.x = torch.rand(args.batch, 3, *args.size, device=args.device)
+        self.costs: Dict[str, dict] = {}
 
-    def forward(self, model: nn.Module, dtype: str) -> List[Tensor]:
-        x = self.x.bfloat16() if dtype == 'bf16' else self.x
-        with torch.autocast(self.args.device, torch.bfloat16,
-                            enabled=dtype == 'amp'):
-            return model(x)
-
-    def clock(self) -> float:
-        if self.args.device == 'cuda':
-            torch.cuda.synchronize()
-        return (time.process_time() if self.args.clock == 'cpu' else
-                time.perf_counter())
-
-    def once(self, model: nn.Module, mode: str, dtype: str) -> float:
-        """Milliseconds of one pass."""
-        if mode == 'infer':
-            with torch.no_grad():
-                start = self.clock()
-                self.forward(model, dtype)
-                return 1e3 * (self.clock() - start)
-        start = self.clock()
-        outs = self.forward(model, dtype)
-        sum(y.float().mean() for y in outs).backward()
-        elapsed = 1e3 * (self.clock() - start)
-        model.zero_grad(set_to_none=True)
-        return elapsed
-
-    def times(self, networks: Dict[str, nn.Module], mode: str,
-              dtype: str) -> List[dict]:
-        """Rows of interleaved rounds, the first of which is warm-up."""
-        times = {name: [] for name in networks}
-        for index in range(self.args.rounds + 1):
-            for name, model in networks.items():
-                model.train(mode == 'train')
-                elapsed = self.once(model, mode, dtype)
-                if index:
-                    times[name].append(elapsed)
-        floor = self.floor(mode, dtype)
+    def rows(self) -> List[dict]:
         rows = []
-        for name, values in times.items():
-            median = statistics.median(values)
-            low, _, high = statistics.quantiles(values, n=4)
-            row = dict(network=name, mode=mode, dtype=dtype, median_ms=median,
-                       quartiles_ms=[low, high], times_ms=values,
-                       floor_ms=floor, share_of_floor=floor / median)
-            if self.args.device == 'cuda':
-                row['peak_bytes'] = self.peak(networks[name], mode, dtype)
-            rows.append(row)
+        for dtype in sorted(self.args.dtype, key=list(DTYPES).index):
+            for network in self.networks.values():
+                network.to(DTYPES[dtype].parameters)
+            for mode in self.args.mode:
+                names = [n for n in self.networks
+                         if mode == 'infer' or not n.endswith(DEPLOY)]
+                measure = self._saved if mode == 'memory' else self._timed
+                rows += [dict(network=name, mode=mode, dtype=dtype, **row)
+                         for name, row in measure(names, mode, dtype).items()]
         return rows
 
-    def peak(self, model: nn.Module, mode: str, dtype: str) -> int:
-        torch.cuda.reset_peak_memory_stats()
-        self.once(model, mode, dtype)
-        return torch.cuda.max_memory_allocated()
+    def _forward(self, network: nn.Module, dtype: str) -> List[Tensor]:
+        precision = DTYPES[dtype]
+        with torch.autocast(self.args.device, precision.autocast,
+                            enabled=precision.autocast is not None):
+            return network(self.x.to(precision.parameters))
 
-    def floor(self, mode: str, dtype: str) -> float:
-        """Milliseconds no implementation can go below here: FLOPs over the
-        measured matrix rate, or least bytes over the measured bandwidth."""
-        arch = ARCHS[self.args.arch]
-        with torch.device('meta'), FlopCounterMode(display=False) as counter:
-            model = ConvNeXt(self.args.arch, impl='eager')
-            model(torch.rand(self.x.shape))
-        flops = counter.get_total_flops() * (3 if mode == 'train' else 1)
-        pixels = self.x.numel() // 3
-        maps = sum(d * c * pixels / 4**(i + 2)
-                   for i, (d, c) in enumerate(zip(arch.depths, arch.channels)))
-        torch_dtype = torch.float32 if dtype == 'fp32' else torch.bfloat16
-        size = torch_dtype.itemsize
-        return 1e3 * max(flops / self.rate(torch_dtype),
-                         LEAST_VALUES[mode] * size * maps / self.bandwidth())
+    def _saved(self, names: List[str], mode: str,
+               dtype: str) -> Dict[str, dict]:
+        return {
+            name: dict(saved_bytes=saved_bytes(
+                lambda: self._forward(self.networks[name].train(), dtype),
+                self.networks[name]))
+            for name in names
+        }
 
-    def rate(self, dtype: torch.dtype) -> float:
-        """FLOP/s of a product at the device's best, oneDNN's where it is."""
-        n = 2048 if self.args.device == 'cpu' else 8192
-        a = torch.rand(n, n, device=self.args.device).to(dtype)
-        products = [lambda: a @ a]
-        if self.args.device == 'cpu' and hasattr(torch.ops.mkldnn,
-                                                 '_linear_pointwise'):
-            products.append(lambda: torch.ops.mkldnn._linear_pointwise(
-                a, a, None, 'none', [], ''))
-        return 2 * n**3 / min(map(self.best, products))
+    def _timed(self, names: List[str], mode: str,
+               dtype: str) -> Dict[str, dict]:
+        networks = {name: self.networks[name].train(mode == 'train')
+                    for name in names}
+        networks.update(self._compiled(networks, mode, dtype))
+        steps = {name: self._step(network, mode, dtype)
+                 for name, network in networks.items()}
+        rows = self.meter.times(steps, self.args.rounds, self.args.warmup)
+        compute = DTYPES[dtype].compute
+        cost = backbone_cost(self.args.arch, self.args.batch, self.args.size,
+                             mode, compute.itemsize)
+        self.costs[f'{mode}, {dtype}'] = cost._asdict()
+        floor = self.rates.floor_ms(cost.matrix_flops, cost.least_bytes,
+                                    compute)
+        for name, row in rows.items():
+            row.update(floor_ms=floor, share_of_floor=floor / row['median_ms'])
+            if self.args.device == 'cuda':
+                row['peak_bytes'] = self.meter.peak(steps[name],
+                                                    own_bytes(networks[name]))
+        return rows
 
-    def bandwidth(self) -> float:
-        """Bytes/s of a copy, read and write."""
-        a = torch.rand(2**26, device=self.args.device)
-        b = torch.empty_like(a)
-        return 2 * a.numel() * a.itemsize / self.best(lambda: b.copy_(a))
+    def _step(self, network: nn.Module, mode: str, dtype: str) -> Step:
+        if mode == 'infer':
 
-    def best(self, run: Callable) -> float:
-        times = []
-        for _ in range(4):
-            start = self.clock()
-            run()
-            times.append(self.clock() - start)
-        return min(times[1:])
+            @torch.no_grad()
+            def infer() -> None:
+                self._forward(network, dtype)
+
+            return Step(infer)
+        # A constant would be no gradient at all behind a LayerNorm, and
+        # products of zeros need less power, so that a GPU's clock stays high.
+        with torch.no_grad():
+            grads = [torch.randn_like(y)
+                     for y in self._forward(network, dtype)]
+
+        def train() -> None:
+            torch.autograd.backward(self._forward(network, dtype), grads)
+
+        return Step(train, lambda: network.zero_grad(set_to_none=True))
+
+    def _compiled(self, networks: Dict[str, nn.Module], mode: str,
+                  dtype: str) -> Dict[str, nn.Module]:
+        """Those that ``--compile`` names, compiled, run once and checked; one
+        that fails is skipped."""
+        compiled = {}
+        for name in self.args.compile:
+            if name not in networks:
+                continue
+            network = torch.compile(
+                copy.deepcopy(networks[name]), dynamic=False,
+                backend=self.args.compile_backend)
+            try:
+                with torch.set_grad_enabled(mode == 'train'):
+                    error = difference(self._forward(networks[name], dtype),
+                                       self._forward(network, dtype))
+                self._step(network, mode, dtype).run()  # compiles backward
+                network.zero_grad(set_to_none=True)
+            except Exception as reason:  # whatever a compiler may raise
+                message = one_line(reason)
+            else:
+                allowed = COMPILED_TOLERANCE[DTYPES[dtype].compute]
+                if error < allowed:
+                    compiled[name + COMPILED] = network
+                    continue
+                message = (f'differs by {error:.1e} of the largest value from '
+                           f'the same network before, more than {allowed}')
+            self.skipped[f'{name}{COMPILED}, {mode}, {dtype}'] = message
+        return compiled
+
+
+class ModelBench:
+    """Whole models of one task, this package's backbone and mmpretrain's."""
+
+    def __init__(self, args: argparse.Namespace, meter: Meter,
+                 rates: Rates) -> None:
+        # The backbone is measured where MMDetection is missing, too.
+        from benchmarking import models
+        self.args, self.meter, self.rates = args, meter, rates
+        self.models, self.task = models, args.mode[0]
+        self.names = args.networks or ['auto', 'mmpretrain']
+        self.costs: Dict[str, dict] = {}
+        self.skipped: Dict[str, str] = {}
+        self.args.size = args.size or models.SIZES[self.task]
+
+    def rows(self) -> List[dict]:
+        rows = []
+        for dtype in self.args.dtype:
+            training = self._training(self.names, dtype)
+            training.check_equal()
+            timed = self._timed(training, dtype)
+            del training
+            for name, row in timed.items():
+                if self.args.fit_gib:
+                    row['largest_batch'] = self._fit(name, dtype)
+                rows.append(dict(network=name, mode=self.task, dtype=dtype,
+                                 **row))
+        return rows
+
+    def _training(self, names: List[str], dtype: str):
+        return self.models.Training(
+            self.task, names, self.args.arch, self.args.batch, self.args.size,
+            dtype, self.args.device)
+
+    def _timed(self, training, dtype: str) -> Dict[str, dict]:
+        steps = {name: training.step(name) for name in training.models}
+        rows = self.meter.times(steps, self.args.rounds, self.args.warmup)
+        compute = DTYPES[dtype].compute
+        least_bytes = backbone_cost(
+            self.args.arch, self.args.batch, self.args.size, 'train',
+            compute.itemsize).least_bytes
+        flops = training.flops()
+        floor = self.rates.floor_ms(flops, least_bytes, compute)
+        model = next(iter(training.models.values()))
+        self.costs[f'{self.task}, {dtype}'] = dict(
+            parameters=sum(p.numel() for p in model.parameters()),
+            matrix_flops=flops, least_bytes=least_bytes)
+        for name, row in rows.items():
+            row.update(floor_ms=floor, share_of_floor=floor / row['median_ms'])
+            if self.args.device == 'cuda':
+                row['peak_bytes'] = self.meter.peak(steps[name],
+                                                    training.own_bytes(name))
+        return rows
+
+    def _fit(self, name: str, dtype: str) -> Dict[str, int]:
+        """GiB to the largest batch; with nothing else on the device."""
+        from benchmarking.capacity import largest_training_batch
+        training = self._training([name], dtype)
+        return {f'{gib:g}': largest_training_batch(training, name, gib)
+                for gib in self.args.fit_gib}
+
+
+def default_ours(device: str) -> List[str]:
+    """Ours that run on a device, without ``auto``, which is one of them."""
+    return [name for name in OURS if name != 'auto'
+            and (device == 'cuda' or not name.startswith('triton'))]
 
 
 def machine(args: argparse.Namespace) -> dict:
@@ -305,13 +250,15 @@ def machine(args: argparse.Namespace) -> dict:
         load_average=os.getloadavg(), python=platform.python_version())
     if args.device == 'cuda':
         facts['gpu'] = torch.cuda.get_device_name()
+        facts['gpu_memory_bytes'] = torch.cuda.mem_get_info()[1]
     return facts
 
 
 def versions() -> Dict[str, str]:
     found = {}
-    for name in ('torch', 'timm', 'torchvision', 'transformers',
-                 'onedl-mmpretrain', 'mmpretrain'):
+    for name in ('torch', 'triton', 'timm', 'torchvision', 'transformers',
+                 'onedl-mmpretrain', 'mmpretrain', 'onedl-mmdetection',
+                 'onedl-mmsegmentation', 'onedl-mmcv'):
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
@@ -322,20 +269,38 @@ def versions() -> Dict[str, str]:
 def parse_args(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument('--mode', nargs='+', choices=MODES, default=MODES)
-    parser.add_argument('--dtype', nargs='+', choices=DTYPES, default=DTYPES)
+    parser.add_argument(
+        '--mode', nargs='+', choices=[*BACKBONE_MODES, *MODEL_MODES],
+        default=BACKBONE_MODES,
+        help="default: infer train memory, of the backbone; 'detector': a\n"
+        "train step of Mask R-CNN, 'segmentor': of UPerNet, one at a time")
+    parser.add_argument(
+        '--dtype', nargs='+', choices=DTYPES, default=['fp32', 'amp', 'bf16'],
+        help="'amp': bf16 autocast of fp32 weights, 'amp-fp16': fp16's;\n"
+        "whole models take these and 'fp32', and are in fp32 by default")
     parser.add_argument('--arch', choices=ARCHS, default='tiny')
     parser.add_argument('--batch', type=int, default=2)
-    parser.add_argument('--size', type=int, nargs=2, default=(256, 256),
-                        metavar=('H', 'W'))
     parser.add_argument(
-        '--networks', nargs='+', default=[*PEERS, *OURS],
-        choices=[*PEERS, *OURS],
-        help="default: all; 'lean+deploy' is 'lean' after switch_to_deploy(), "
-        'and takes part in inference only')
+        '--size', type=int, nargs=2, metavar=('H', 'W'),
+        help='default: 256 256; detector: 800 1344; segmentor: 512 512')
+    parser.add_argument(
+        '--networks', nargs='+', choices=[*PEERS, *OURS],
+        help="default: all that run on the device; 'lean+deploy' is 'lean'\n"
+        'after switch_to_deploy(), and takes part in inference only; whole\n'
+        "models: 'auto mmpretrain'")
     parser.add_argument('--compile', nargs='+', default=[], metavar='NETWORK',
+                        choices=[*PEERS, *OURS],
                         help='networks to add compiled for fixed shapes')
+    parser.add_argument(
+        '--compile-backend', default='inductor', metavar='NAME',
+        help="of torch.compile; 'aot_eager' traces and generates no code")
+    parser.add_argument(
+        '--fit-gib', nargs='+', type=float, default=[], metavar='GIB',
+        help='whole models: find the largest batch that trains with so much\n'
+        'GPU memory')
     parser.add_argument('--rounds', type=int, default=5)
+    parser.add_argument('--warmup', type=int, default=None,
+                        help='rounds before (default: 1; on a GPU 3)')
     parser.add_argument('--device', choices=['cpu', 'cuda'], default='cpu')
     parser.add_argument(
         '--clock', choices=['wall', 'cpu'], default='wall',
@@ -343,46 +308,102 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser.add_argument('--threads', type=int, default=1)
     parser.add_argument('--out', required=True, metavar='FILE.json')
     args = parser.parse_args(argv)
+    check_args(parser, args)
+    return args
+
+
+def check_args(parser: argparse.ArgumentParser,
+               args: argparse.Namespace) -> None:
+    """Refuses what does not go together, and fills in what depends."""
     if args.clock == 'cpu' and (args.threads != 1 or args.device != 'cpu'):
         parser.error('--clock cpu needs --threads 1 and --device cpu')
     if args.rounds < 2:
-        parser.error('--rounds must be at least 2')
-    return args
+        parser.error(f'--rounds must be at least 2, not {args.rounds}')
+    if args.device == 'cuda' and not torch.cuda.is_available():
+        parser.error('--device cuda: PyTorch sees no GPU here; leave it out')
+    if args.warmup is None:
+        args.warmup = 3 if args.device == 'cuda' else 1
+    args.whole = args.mode[0] in MODEL_MODES
+    if not args.whole:
+        if args.fit_gib:
+            parser.error('--fit-gib is for --mode detector or segmentor')
+        args.size = args.size or (256, 256)
+    if any(mode in MODEL_MODES for mode in args.mode) and len(args.mode) > 1:
+        parser.error(f'--mode {" ".join(args.mode)}: detector and segmentor '
+                     'run alone; give each a run of its own')
+    if not args.whole:
+        return
+    if args.dtype == parser.get_default('dtype'):
+        args.dtype = ['fp32']
+    for dtype in args.dtype:
+        if DTYPES[dtype].parameters != torch.float32:
+            parser.error(f'--dtype {dtype}: whole models are trained with '
+                         'fp32 weights; take fp32, amp or amp-fp16')
+    for name in args.networks or ():
+        if name.endswith(DEPLOY) or name in PEERS and name != 'mmpretrain':
+            parser.error(f'--networks {name}: whole models have one of '
+                         "this package's implementations or mmpretrain")
+    if args.compile:
+        parser.error('--compile is for backbones')
+    if args.fit_gib and args.device != 'cuda':
+        parser.error('--fit-gib needs --device cuda')
+
+
+def print_rows(rows: List[dict], skipped: Dict[str, str]) -> None:
+    columns: Dict[str, Callable[[dict], str]] = {
+        'mode': lambda row: row['mode'],
+        'dtype': lambda row: row['dtype'],
+        'network': lambda row: row['network'],
+        'ms': lambda row: f'{row["median_ms"]:.1f}',
+        'floor': lambda row: f'{row["share_of_floor"]:.0%}',
+        'saved, MiB': lambda row: f'{row["saved_bytes"] / 2**20:.1f}',
+        'peak, MiB': lambda row: f'{row["peak_bytes"] / 2**20:.1f}',
+        'largest batch': lambda row: ', '.join(
+            f'{n} in {gib} GiB' for gib, n in row['largest_batch'].items()),
+    }
+    table, grid = Table(), []
+    for head, cell in columns.items():
+        cells = []
+        for row in rows:
+            try:
+                cells.append(cell(row))
+            except KeyError:  # not measured in this mode or on this device
+                cells.append('')
+        if any(cells):
+            table.add_column(head, no_wrap=True)
+            grid.append(cells)
+    for cells in zip(*grid):
+        table.add_row(*cells)
+    console = Console()
+    console.print(table)
+    for name, reason in skipped.items():
+        console.print(f'skipped {name}: {reason}', markup=False,
+                      highlight=False)
 
 
 def main(argv=None) -> None:
     args = parse_args(argv)
     torch.set_num_threads(args.threads)
-    networks = build(args)
-    check_equal(networks, args.device)
-    bench = Bench(args)
+    # Each compiled network is one more version of the same few functions.
+    torch._dynamo.config.recompile_limit = 64
+    meter = Meter(args.device, args.clock)
+    rates = Rates(args.device, meter.now)
     before = machine(args)
-    rows = []
-    for dtype in args.dtype:
-        if dtype == 'bf16':
-            networks = {n: m.bfloat16() for n, m in networks.items()}
-        trained = {n: m for n, m in networks.items()
-                   if '+deploy' not in n}
-        for mode in args.mode:
-            if mode == 'memory':
-                rows += [
-                    dict(network=n, mode=mode, dtype=dtype,
-                         saved_bytes=saved_bytes(
-                             lambda: bench.forward(m, dtype), m))
-                    for n, m in trained.items() if 'compiled' not in n]
-            else:
-                rows += bench.times(networks if mode == 'infer' else trained,
-                                    mode, dtype)
-    for row in rows:
-        value = (f'{row["median_ms"]:8.1f} ms' if 'median_ms' in row else
-                 f'{row["saved_bytes"] / 2**20:8.1f} MiB')
-        print(f'{row["mode"]:7}{row["dtype"]:5}{row["network"]:20}{value}')
+    try:
+        bench = (ModelBench if args.whole else BackboneBench)(args, meter,
+                                                              rates)
+        rows = bench.rows()
+    except ValueError as error:
+        raise SystemExit(f'error: {error}')
+    print_rows(rows, bench.skipped)
     command = shlex.join(['python', 'tools/benchmark.py',
                           *(argv or sys.argv[1:])])
     Path(args.out).write_text(json.dumps(dict(
         command=command, machine=before, load_average_after=os.getloadavg(),
         versions=versions(), clock=args.clock, arch=args.arch,
-        batch=args.batch, size=list(args.size), rows=rows), indent=1) + '\n')
+        batch=args.batch, size=list(args.size), costs=bench.costs,
+        rates=rates.measured(), rows=rows, skipped=bench.skipped),
+        indent=1) + '\n')
 
 
 if __name__ == '__main__':

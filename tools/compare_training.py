@@ -11,13 +11,13 @@ from typing import Dict, List
 
 import matplotlib
 import torch
+from benchmarking.models import build_models, set_arch, with_mmpretrain
 from mmengine.config import Config
-from mmengine.model import revert_sync_batchnorm
 from mmengine.optim import build_optim_wrapper
-from mmengine.registry import (MODELS, PARAM_SCHEDULERS, DefaultScope,
+from mmengine.registry import (PARAM_SCHEDULERS, DefaultScope,
                                init_default_scope)
 from mmengine.runner import Runner, set_random_seed
-from torch import Tensor, nn
+from torch import nn
 
 from convnext_mm.launch import check_data, fit_to_device, load_config
 
@@ -45,12 +45,6 @@ DETECTOR_OPTIONS = {
     'optim_wrapper.optimizer.lr': 1e-4,
     'param_scheduler.0.start_factor': 0.001,
     'param_scheduler.0.end': 501,
-}
-# Names in a block of mmpretrain's ConvNeXt, in place of ours.
-MMPRETRAIN_NAMES = {
-    'dwconv.': 'depthwise_conv.',
-    'pwconv1.': 'pointwise_conv1.',
-    'pwconv2.': 'pointwise_conv2.'
 }
 
 
@@ -89,41 +83,10 @@ def read_config(task: str, args: argparse.Namespace) -> Config:
             local_rank=0))
     fit_to_device(cfg)
     check_data(cfg, ['train_dataloader'])
-    channels = list(_our_backbone(cfg, args.arch).channels)
-    cfg.model.backbone.update(arch=args.arch, drop_path_rate=0.)
-    if task == 'detector':
-        cfg.model.neck.in_channels = channels
-    else:
-        cfg.model.decode_head.in_channels = channels
-        cfg.model.auxiliary_head.in_channels = channels[2]
+    set_arch(cfg, args.arch)
+    cfg.model.backbone.drop_path_rate = 0.
     cfg.train_dataloader.update(num_workers=0, persistent_workers=False)
     return cfg
-
-
-def _our_backbone(cfg: Config, arch: str) -> nn.Module:
-    with torch.device('meta'):
-        return MODELS.build({**cfg.model.backbone, 'arch': arch})
-
-
-def with_mmpretrain(cfg: Config) -> Config:
-    """The same model with mmpretrain's backbone."""
-    cfg = copy.deepcopy(cfg)
-    cfg.model.backbone.update(
-        type='mmpretrain.ConvNeXt',
-        out_indices=(0, 1, 2, 3),
-        gap_before_final_norm=False)
-    return cfg
-
-
-def rename(state_dict: Dict[str, Tensor]) -> Dict[str, Tensor]:
-    """A model's weights under the names that mmpretrain's backbone has."""
-    renamed = {}
-    for name, value in state_dict.items():
-        if name.startswith('backbone.'):
-            for ours, theirs in MMPRETRAIN_NAMES.items():
-                name = name.replace(ours, theirs)
-        renamed[name] = value
-    return renamed
 
 
 def collect_batches(cfg: Config, steps: int, seed: int) -> List[dict]:
@@ -166,15 +129,9 @@ def compare(task: str, args: argparse.Namespace) -> dict:
     init_default_scope(cfg.default_scope)
     with DefaultScope.overwrite_default_scope(cfg.default_scope):
         batches = collect_batches(cfg, args.steps, args.seed)
-        set_random_seed(args.seed)
-        models = {'convnext_mm': MODELS.build(cfg.model)}
-        models['convnext_mm'].init_weights()
-        models['mmpretrain'] = MODELS.build(with_mmpretrain(cfg).model)
-        models['mmpretrain'].load_state_dict(
-            rename(models['convnext_mm'].state_dict()))
         runs = {}
-        for name, model in models.items():
-            model = revert_sync_batchnorm(model)
+        cfgs = dict(convnext_mm=cfg, mmpretrain=with_mmpretrain(cfg))
+        for name, model in build_models(cfgs, args.seed).items():
             runs[name] = train(model, cfg, batches, args.seed)
             print(f'{task}, {name}: loss {runs[name][0]["loss"]:.4f} -> '
                   f'{runs[name][-1]["loss"]:.4f}', flush=True)

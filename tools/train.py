@@ -1,10 +1,13 @@
 """Trains the model of a config: MMDetection's or MMSegmentation's, whichever
 the config's default_scope says. On a machine without a GPU it uses the CPU."""
 import argparse
+import contextlib
 import os.path as osp
+import sys
 
 from convnext_mm.launch import (add_common_arguments, build_runner, check_data,
                                 fit_to_device, load_config, short_errors)
+from convnext_mm.profile_hook import ProfileFinished
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -14,7 +17,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser.add_argument(
         '--amp',
         action='store_true',
-        help='train in mixed precision (needs a GPU)')
+        help='train in mixed precision: bfloat16 where device and model allow '
+        'it, float16 on other GPUs, fp32 on other CPUs')
     parser.add_argument(
         '--auto-scale-lr',
         action='store_true',
@@ -27,6 +31,14 @@ def parse_args(argv=None) -> argparse.Namespace:
         metavar='CHECKPOINT',
         help='go on from this checkpoint; without a path, or with "auto", '
         'from the latest one in the work folder')
+    parser.add_argument(
+        '--profile',
+        nargs='?',
+        const=3,
+        type=int,
+        metavar='STEPS',
+        help='profile so many steps (3) after some for warm-up, write a trace '
+        "and a table of the step's largest costs to WORK_DIR/profile, and stop")
     return parser.parse_args(argv)
 
 
@@ -38,7 +50,7 @@ def prepare(args: argparse.Namespace):
     """
     cfg = load_config(args)
     if args.amp:
-        cfg.optim_wrapper.type = 'AmpOptimWrapper'
+        cfg.optim_wrapper.type = 'convnext_mm.AmpOptimWrapper'
         cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
     if args.auto_scale_lr:
         if 'base_batch_size' not in cfg.get('auto_scale_lr', {}):
@@ -53,6 +65,15 @@ def prepare(args: argparse.Namespace):
                                   or osp.isfile(cfg.load_from)):
             raise ValueError(f'--resume: checkpoint {cfg.load_from!r} does '
                              'not exist')
+    if args.profile is not None:
+        if args.profile < 1:
+            raise ValueError('--profile takes a number of steps from 1 on, '
+                             f'got {args.profile}')
+        hook = dict(type='convnext_mm.StepProfilerHook', steps=args.profile)
+        cfg.custom_hooks = [*(cfg.get('custom_hooks') or []), hook]
+        # Neither validation nor a checkpoint between the steps.
+        cfg.train_cfg.val_interval = sys.maxsize
+        cfg.setdefault('default_hooks', {})['checkpoint'] = None
     fit_to_device(cfg)
     check_data(cfg, ['train_dataloader', 'val_dataloader'])
     return cfg
@@ -64,7 +85,7 @@ def main(argv=None) -> None:
         cfg = prepare(args)
     except ValueError as error:
         raise SystemExit(f'error: {error}')
-    with short_errors():
+    with short_errors(), contextlib.suppress(ProfileFinished):
         build_runner(cfg).train()
 
 

@@ -18,5 +18,6 @@ optim_wrapper = dict(
     _delete_=True,
     type='OptimWrapper',
     constructor='convnext_mm.LayerDecayOptimWrapperConstructor',
-    optimizer=dict(type='AdamW', lr=1e-4, weight_decay=0.05),
+    # fused: the same update in one pass over the weights.
+    optimizer=dict(type='AdamW', lr=1e-4, weight_decay=0.05, fused=True),
     paramwise_cfg=dict(decay_rate=0.95))

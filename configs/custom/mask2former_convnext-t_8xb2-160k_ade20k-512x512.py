@@ -19,6 +19,8 @@ model = dict(
 embed_multi = dict(lr_mult=1.0, decay_mult=0.0)
 optim_wrapper = dict(
     constructor='convnext_mm.LayerDecayOptimWrapperConstructor',
+    # fused: the same update in one pass over the weights.
+    optimizer=dict(fused=True),
     paramwise_cfg=dict(
         _delete_=True,
         decay_rate=0.8,

@@ -17,6 +17,8 @@ model = dict(
 
 optim_wrapper = dict(
     constructor='convnext_mm.LayerDecayOptimWrapperConstructor',
+    # fused: the same update in one pass over the weights.
+    optimizer=dict(fused=True),
     paramwise_cfg=dict(
         _delete_=True,
         decay_rate=0.9,

@@ -242,7 +242,7 @@ def define_block(name: str, forward: Callable,
                              drop_scale, eps, dilation, x_dtype, needs)
             return [
                 maps.new_empty(0) if not need else
-                grad if param is None else grad.to(param.dtype).view_as(param)
+                grad if param is None else _as_parameter(grad, param)
                 for grad, param, need in zip(grads, params, needs)
             ]
 
@@ -313,6 +313,15 @@ def define_block(name: str, forward: Callable,
                           compute_dtype(x), keep)[0]
 
     return block
+
+
+def _as_parameter(grad: Tensor, param: Tensor) -> Tensor:
+    """In dtype, shape and strides of ``param``: compiled code relies on what
+    the operator's fake announces. (Convolutions of small maps give others.)"""
+    grad = grad.to(param.dtype).view_as(param)
+    if grad.stride() == param.stride():
+        return grad
+    return torch.empty_like(param).copy_(grad)
 
 
 def refuse_double_backward(ctx, *_):
@@ -402,11 +411,12 @@ def define_downsample(name: str, norm: Callable,
                     eps, needs[:3], *statistics)
             if needs[0]:
                 grads[0] = grads[0].permute(0, 3, 1, 2)
-            dtypes = (x.dtype, norm_weight.dtype, norm_bias.dtype,
-                      conv_weight.dtype, conv_weight.dtype)
+            params = (None, norm_weight, norm_bias, conv_weight,
+                      conv_weight.new_empty(len(conv_weight)))
             return [
-                g.to(d) if need else x.new_empty(0)
-                for g, d, need in zip(grads, dtypes, needs)
+                x.new_empty(0) if not need else grad.to(x.dtype) if param is
+                None else _as_parameter(grad, param)
+                for grad, param, need in zip(grads, params, needs)
             ]
 
     @backward_op.register_fake

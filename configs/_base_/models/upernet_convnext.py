@@ -19,7 +19,10 @@ model = dict(
         pad_val=0,
         seg_pad_val=255),
     backbone=dict(
-        type='convnext_mm.ConvNeXt', arch='tiny', layer_scale_init_value=1.0),
+        type='convnext_mm.ConvNeXt',
+        arch='tiny',
+        layer_scale_init_value=1.0,
+        out_layout='channels_last'),
     decode_head=dict(
         type='UPerHead',
         in_channels=[96, 192, 384, 768],

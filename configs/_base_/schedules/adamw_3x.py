@@ -1,15 +1,22 @@
 # 36 epochs of AdamW with layer-wise learning-rate decay in mixed precision, no
 # gradient clipping; 8 GPUs x 2 images. (The published runs used Apex for mixed
-# precision, level O1; it is no longer maintained, so PyTorch's own takes over.)
+# precision, level O1, in fp16; it is no longer maintained, so PyTorch's own
+# takes over, in bf16 on devices that have it: no loss overflows and no step
+# is skipped. Elsewhere it is fp16. dtype='float16' asks for it.)
 train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=36, val_interval=1)
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
 
 optim_wrapper = dict(
-    type='AmpOptimWrapper',
+    type='convnext_mm.AmpOptimWrapper',
     constructor='convnext_mm.LayerDecayOptimWrapperConstructor',
+    # fused: the same update in one pass over the weights.
     optimizer=dict(
-        type='AdamW', lr=1e-4, betas=(0.9, 0.999), weight_decay=0.05),
+        type='AdamW',
+        lr=1e-4,
+        betas=(0.9, 0.999),
+        weight_decay=0.05,
+        fused=True),
     paramwise_cfg=dict(decay_type='layer_wise', decay_rate=0.7, num_layers=6))
 
 param_scheduler = [

@@ -11,8 +11,13 @@ optim_wrapper = dict(
     type='OptimWrapper',
     # Rate 1 is no layer decay: this constructor for its rules of weight decay.
     constructor='convnext_mm.LayerDecayOptimWrapperConstructor',
+    # fused: the same update in one pass over the weights.
     optimizer=dict(
-        type='AdamW', lr=4e-3, betas=(0.9, 0.999), weight_decay=0.05),
+        type='AdamW',
+        lr=4e-3,
+        betas=(0.9, 0.999),
+        weight_decay=0.05,
+        fused=True),
     paramwise_cfg=dict(decay_rate=1.0))
 param_scheduler = [
     # MMEngine cannot start at the published 0; 1e-9 is as good.

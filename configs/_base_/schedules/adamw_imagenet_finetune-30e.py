@@ -9,8 +9,13 @@ test_cfg = dict()
 optim_wrapper = dict(
     type='OptimWrapper',
     constructor='convnext_mm.LayerDecayOptimWrapperConstructor',
+    # fused: the same update in one pass over the weights.
     optimizer=dict(
-        type='AdamW', lr=5e-5, betas=(0.9, 0.999), weight_decay=1e-8),
+        type='AdamW',
+        lr=5e-5,
+        betas=(0.9, 0.999),
+        weight_decay=1e-8,
+        fused=True),
     paramwise_cfg=dict(
         decay_type='layer_wise', decay_rate=0.8, num_layers=12))
 param_scheduler = [

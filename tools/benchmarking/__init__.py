@@ -1,0 +1,1 @@
+"""What the benchmark and its relatives in tools/ are made of."""

@@ -1,0 +1,220 @@
+"""Writes the tables of README.md and docs/performance.md that results in
+benchmarks/ fill, between their marks; with --check only says whether they are
+current (status 1 if not)."""
+import argparse
+import json
+import re
+from pathlib import Path
+from typing import Callable, Dict, List, NamedTuple, Optional, Sequence
+
+from benchmarking.networks import PEERS
+from plot_benchmark import DTYPE_NAMES
+
+ROOT = Path(__file__).resolve().parent.parent
+MARKS = '<!-- tools/make_benchmark_tables.py: {} -->', '<!-- end -->'
+TRAIN, SAVED, INFER = ('train_tiny_2x256x256', 'saved_tiny_2x256x256',
+                       'infer_tiny_1x512x512')
+LIBRARIES = dict(torch='PyTorch', timm='timm', torchvision='torchvision',
+                 transformers='transformers')
+LIBRARIES['onedl-mmpretrain'] = 'mmpretrain'
+
+
+class Result:
+    """A file that tools/benchmark.py wrote."""
+
+    def __init__(self, name: str) -> None:
+        self.content = json.loads(
+            (ROOT / 'benchmarks' / f'{name}.json').read_text())
+        self.key = ('saved_bytes' if 'saved_bytes' in self.content['rows'][0]
+                    else 'median_ms')
+
+    def row(self, network: str, dtype: str) -> Optional[dict]:
+        for row in self.content['rows']:
+            if (row['network'], row['dtype']) == (network, dtype):
+                return row
+        return None
+
+    def value(self, network: str, dtype: str) -> Optional[float]:
+        """Milliseconds or bytes; None where it was not measured."""
+        if network == 'floor':
+            return self.row('eager', dtype)['floor_ms']
+        row = self.row(network, dtype)
+        return row and row[self.key]
+
+    def best_peer(self, dtype: str) -> float:
+        return min(filter(None, (self.value(p, dtype) for p in PEERS)))
+
+    def shape(self) -> str:
+        height, width = self.content['size']
+        return f'{self.content["batch"]} x 3 x {height} x {width}'
+
+
+class Claim(NamedTuple):
+    """A row of the ratios: ``ours`` against another, and the project's aim."""
+    what: str
+    file: str
+    dtype: str
+    ours: str
+    other: str
+    aim: float
+
+    def ratio(self, results: Dict[str, Result]) -> float:
+        """How many times less memory is kept, over theirs, or how many times
+        faster ours is."""
+        result = results[self.file]
+        ours = result.value(self.ours, self.dtype)
+        other = (result.best_peer(self.dtype) if self.other == 'best peer' else
+                 result.value(self.other, self.dtype))
+        return ours / other if self.file == SAVED else other / ours
+
+    def line(self, results: Dict[str, Result]) -> List[str]:
+        ratio = self.ratio(results)
+        if self.file == SAVED:
+            against = f'over {OTHER_NAMES.get(self.other, self.other)}'
+            short = ratio > self.aim * 1.005
+        else:
+            against = f'{self.other} over ours'
+            short = ratio < self.aim
+        dtype = DTYPE_NAMES.get(self.dtype, self.dtype)
+        return [f'{self.what}, {dtype}, {against}',
+                f'{ratio:.2f} x' + short * ' (short)', f'{self.aim:g} x']
+
+
+OTHER_NAMES = dict(paper="the paper's formulation")
+STORED, STEP = 'saved, `{}`', 'train step, `lean`'
+DEPLOYED = 'inference, `lean` after `switch_to_deploy()`'
+CLAIMS = [
+    Claim(STORED.format('lean'), SAVED, 'fp32', 'lean', 'paper', 0.48),
+    Claim(STORED.format('lean'), SAVED, 'amp', 'lean', 'paper', 0.35),
+    Claim(STORED.format('lean+'), SAVED, 'fp32', 'lean+', 'paper', 0.30),
+    Claim(STORED.format('lean+'), SAVED, 'amp', 'lean+', 'paper', 0.20),
+    Claim(STEP, TRAIN, 'fp32', 'lean', 'best peer', 1.1),
+    Claim(STEP, TRAIN, 'fp32', 'lean', 'mmpretrain', 1.35),
+    Claim(STEP, TRAIN, 'amp', 'lean', 'best peer', 1.25),
+    Claim(STEP, TRAIN, 'amp', 'lean', 'mmpretrain', 1.35),
+    Claim(DEPLOYED, INFER, 'fp32', 'lean+deploy', 'best peer', 1.2),
+    Claim(DEPLOYED, INFER, 'amp', 'lean+deploy', 'best peer', 1.9),
+    Claim(DEPLOYED, INFER, 'bf16', 'lean+deploy', 'best peer', 1.4),
+]
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """A table, its first row the heads."""
+    head, *body = rows
+    return '\n'.join('| ' + ' | '.join(row) + ' |'
+                     for row in (head, ['---'] * len(head), *body))
+
+
+def measured_table(results: Dict[str, Result]) -> str:
+    """What was measured, with where: of a page that says so."""
+    train, saved, infer = (results[name] for name in (TRAIN, SAVED, INFER))
+    columns = [('train step fp32, ms', train, 'fp32'),
+               ('bf16 autocast', train, 'amp'),
+               ('saved fp32, MiB', saved, 'fp32'),
+               ('bf16 autocast', saved, 'amp'),
+               ('infer fp32, ms', infer, 'fp32'),
+               ('bf16 autocast', infer, 'amp'), ('bf16', infer, 'bf16')]
+    networks = list(dict.fromkeys(
+        row['network'] for row in infer.content['rows']))
+
+    def cell(network: str, result: Result, dtype: str) -> str:
+        if network == 'floor' and result is saved:
+            return ''
+        value = result.value(network, dtype)
+        if value is None:
+            return ''
+        return f'{value / (2**20 if result is saved else 1):.0f}'
+
+    rows = [['', *(head for head, *_ in columns)]]
+    rows += [[network, *(cell(network, *column) for _, *column in columns)]
+             for network in (*networks, 'floor')]
+    content = train.content
+    loads = [load for result in (train, infer) for load in (
+        result.content['machine']['load_average'][0],
+        result.content['load_average_after'][0])]
+    machine, versions = content['machine'], content['versions']
+    return '\n'.join([
+        f'Machine: {machine["cpu"]}, {machine["isa"]}, '
+        f'{machine["threads"]} thread, CPU time',
+        f'(load average {min(loads):.1f} to {max(loads):.1f} on '
+        f'{machine["cores"]} cores, from other work);',
+        ', '.join(f'{shown} {versions[name]}'
+                  for name, shown in LIBRARIES.items()) + '.',
+        f'Train step and saved bytes: {train.shape()}. '
+        f'Inference: {infer.shape()}.', '',
+        markdown(rows)])
+
+
+def ratio_table(results: Dict[str, Result]) -> str:
+    return markdown([['ratio', 'measured', 'target'],
+                     *(claim.line(results) for claim in CLAIMS)])
+
+
+def readme_table(results: Dict[str, Result]) -> str:
+    """Ratios only: times of one machine say little about another."""
+    cases = [('time of a train step', TRAIN, 'lean', ('fp32', 'amp')),
+             ('time of inference, deployed', INFER, 'lean+deploy',
+              ('fp32', 'amp')),
+             ('memory kept for backward', SAVED, 'lean', ('fp32', 'amp')),
+             ("the same, `impl='lean+'`", SAVED, 'lean+', ('fp32', 'amp'))]
+    rows = [['ConvNeXt-T on a CPU', 'dtype', "of mmpretrain's",
+             "of the best peer's"]]
+    for what, file, ours, dtypes in cases:
+        for dtype in dtypes:
+            value = results[file].value(ours, dtype)
+            rows.append([
+                what, DTYPE_NAMES.get(dtype, dtype),
+                f'{value / results[file].value("mmpretrain", dtype):.0%}',
+                f'{value / results[file].best_peer(dtype):.0%}'])
+    return markdown(rows)
+
+
+TABLES: Dict[str, Dict[str, Callable[[Dict[str, Result]], str]]] = {
+    'README.md': dict(ratios=readme_table),
+    'docs/performance.md': dict(measured=measured_table, ratios=ratio_table),
+}
+
+
+def fill(text: str, name: str, table: str) -> str:
+    """``text`` with a table between its marks.
+
+    Raises:
+        ValueError: The marks are not there exactly once.
+    """
+    start, end = (mark.format(name) for mark in MARKS)
+    pattern = f'{re.escape(start)}\n.*?{re.escape(end)}'
+    filled, count = re.subn(pattern, lambda _: f'{start}\n{table}\n{end}',
+                            text, flags=re.DOTALL)
+    if count != 1:
+        raise ValueError(f'{count} places for the table {name!r}, one is '
+                         f'needed: put "{start}" and "{end}" around it')
+    return filled
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('--check', action='store_true', help='write nothing')
+    args = parser.parse_args(argv)
+    results = {name: Result(name) for name in (TRAIN, SAVED, INFER)}
+    status = 0
+    for page, tables in TABLES.items():
+        path = ROOT / page
+        text = filled = path.read_text()
+        try:
+            for name, make in tables.items():
+                filled = fill(filled, name, make(results))
+        except ValueError as error:
+            raise SystemExit(f'error: {page}: {error}')
+        if filled == text:
+            continue
+        if args.check:
+            print(f'{page} is not current: run python '
+                  'tools/make_benchmark_tables.py')
+            status = 1
+        else:
+            path.write_text(filled)
+    return status
+
+
+if __name__ == '__main__':
+    raise SystemExit(main())
