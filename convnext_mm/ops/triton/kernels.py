@@ -409,7 +409,8 @@ def linear_kernel(x_ptr, weight_ptr, bias_ptr, hidden_ptr, residual_ptr,
                   pixels, columns, inner, weight_inner, weight_column,
                   scale_sample, scale_column, EPILOGUE: tl.constexpr,
                   BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
-                  BLOCK_K: tl.constexpr, GROUP: tl.constexpr):
+                  BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+                  WIDEN: tl.constexpr):
     """Matrix product of (R, K) rows and a weight, and what follows it.
 
     Args:
@@ -421,6 +422,8 @@ def linear_kernel(x_ptr, weight_ptr, bias_ptr, hidden_ptr, residual_ptr,
             ``'gelu_backward'``: ``out = y * gelu'(hidden)``, ``gelu(hidden)``
             to ``second_out`` unless that is None, and for each block of rows
             the sums of ``out`` to ``bias_out`` (blocks, N), fp32.
+        WIDEN: Multiply in fp32: Triton's interpreter multiplies the bits of
+            bf16 numbers as if they were integers.
     """
     program = tl.program_id(0)
     row_blocks = tl.cdiv(rows, BLOCK_R)
@@ -450,6 +453,8 @@ def linear_kernel(x_ptr, weight_ptr, bias_ptr, hidden_ptr, residual_ptr,
         x = tl.load(x_tile, row_ok[:, None] & k_ok[None, :], other=0.)
         weight = tl.load(
             weight_tile, k_ok[:, None] & column_ok[None, :], other=0.)
+        if WIDEN:
+            x, weight = x.to(tl.float32), weight.to(tl.float32)
         y = tl.dot(x, weight, y)
         x_tile += BLOCK_K
         weight_tile += BLOCK_K * weight_inner

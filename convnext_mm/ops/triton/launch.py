@@ -336,6 +336,7 @@ def _product(x: Tensor, weight: Tensor, bias: Optional[Tensor], epilogue: str,
                 arguments.get('residual'), scale, out, second, sums, rows,
                 pixels, columns, inner, weight.stride(1), weight.stride(0),
                 *strides, epilogue, tile.rows, tile.columns, tile.inner, 8,
+                INTERPRETED and x.dtype == torch.bfloat16,
                 num_warps=tile.warps, num_stages=tile.stages)
         return out, second, None if sums is None else sums.sum(0)
 
