@@ -175,6 +175,15 @@ def test_peers_that_are_missing_or_differ_are_skipped(tmp_path, monkeypatch,
     assert 'skipped timm: ModuleNotFoundError' in capsys.readouterr().out
 
 
+def test_whole_models_without_mmpretrain(monkeypatch):
+    pytest.importorskip('mmseg')
+    monkeypatch.setitem(networks.PEER_MODULES, 'mmpretrain', 'no_such_package')
+    args = benchmark.parse_args(['--mode', 'segmentor', '--out', 'x.json'])
+    bench = benchmark.ModelBench(args, Meter('cpu'), None)
+    assert bench.names == ['auto'] and args.size == (512, 512)
+    assert 'no_such_package' in bench.skipped['mmpretrain']
+
+
 def test_different_networks_of_ours_are_refused(monkeypatch, tmp_path):
     build_ours = networks.build_ours
 

@@ -52,13 +52,13 @@ def test_wheels_come_before_what_is_installed(tmp_path):
     """And all that is installed can still be imported, also from a virtual
     environment."""
     wheels = tmp_path / 'wheels'
-    write_wheel(wheels, 'addict', '99.0')  # installed in another version
+    write_wheel(wheels, 'mat4py', '99.0')  # installed in another version
     write_wheel(wheels, 'of_another_python', tag='py3-none-any')
     write_wheel(wheels, 'of_another_python', '2.0', 'cp27-cp27m-win32')
     status, python, said = gpu_python(wheels, tmp_path)
     assert status == 0, said
-    code = ('import addict, of_another_python, torch, mmengine, convnext_mm; '
-            'print(addict.version, of_another_python.version, torch.__file__, '
+    code = ('import mat4py, of_another_python, torch, mmengine, convnext_mm; '
+            'print(mat4py.version, of_another_python.version, torch.__file__, '
             'convnext_mm.__file__)')
     result = bash('-c', f'source tools/gpu_env.sh; {python} -c "{code}"')
     import torch

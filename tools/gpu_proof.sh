@@ -70,7 +70,7 @@ import csv, json, pathlib, sys
 out = pathlib.Path(sys.argv[1])
 parts = {}
 for name, code, seconds, reason in csv.reader(
-        (out / 'parts.tsv').open(), delimiter='\t'):
+        (out / 'parts.tsv').open(), delimiter='\t', quoting=csv.QUOTE_NONE):
     parts[name] = dict(exit_code=int(code) if code else None,
                        seconds=int(seconds))
     if reason:

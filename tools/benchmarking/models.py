@@ -262,7 +262,7 @@ class Training:
             SystemExit: They do not.
         """
         expected = None
-        with torch.backends.cudnn.flags(allow_tf32=False):
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             for name, model in self.models.items():
                 loss = self.loss(name).item()
                 model.backbone.eval()  # no drop path
