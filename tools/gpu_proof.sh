@@ -9,8 +9,8 @@
 # plot.png, log.txt, and summary.json: the exit code and seconds of each part. A
 # part that hangs is ended (exit code 124) and the others go on; the script ends
 # with status 1 where one failed. --smoke does everything in small on a CPU,
-# which shows that it runs and measures nothing. PYTHON names the interpreter
-# (python3).
+# which shows that it runs and measures nothing. DIR is wheels/ by default, ''
+# means none. PYTHON names the interpreter (python3).
 set -uo pipefail
 SECONDS=0
 LIMIT=510  # seconds for all parts together
@@ -24,10 +24,11 @@ while [ $# -gt 0 ]; do
     case $1 in
         --smoke) smoke=--smoke ;;
         --wheels)
-            wheels=${2:-}
+            wheels=${2-missing}
             shift
-            [ -d "$wheels" ] || {
-                echo "gpu_proof.sh: --wheels '$wheels' is no folder" >&2
+            [ -z "$wheels" ] || [ -d "$wheels" ] || {
+                echo "gpu_proof.sh: --wheels '$wheels' is no folder; give" \
+                    "one, or '' for none" >&2
                 exit 2
             } ;;
         -*)
