@@ -42,6 +42,7 @@ if [ -z "$out" ]; then
     echo "$usage" >&2
     exit 2
 fi
+[ -z "$wheels" ] || [ ! -d "$wheels" ] || wheels=$(cd "$wheels" && pwd)
 mkdir -p "$out" && out=$(cd "$out" && pwd) || exit 2
 cd "$root" || exit 2
 : > "$out/parts.tsv"
