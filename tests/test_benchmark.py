@@ -175,6 +175,15 @@ def test_peers_that_are_missing_or_differ_are_skipped(tmp_path, monkeypatch,
     assert 'skipped timm: ModuleNotFoundError' in capsys.readouterr().out
 
 
+def test_whole_models_without_mmpretrain(monkeypatch):
+    pytest.importorskip('mmseg')
+    monkeypatch.setitem(networks.PEER_MODULES, 'mmpretrain', 'no_such_package')
+    args = benchmark.parse_args(['--mode', 'segmentor', '--out', 'x.json'])
+    bench = benchmark.ModelBench(args, Meter('cpu'), None)
+    assert bench.names == ['auto'] and args.size == (512, 512)
+    assert 'no_such_package' in bench.skipped['mmpretrain']
+
+
 def test_different_networks_of_ours_are_refused(monkeypatch, tmp_path):
     build_ours = networks.build_ours
 
@@ -275,6 +284,40 @@ def test_largest_batch(most, guess):
 
     assert capacity.largest_batch(fits, guess) == most
     assert len(tried) <= abs(most - max(guess, 1)) + 2
+
+
+def test_largest_batch_for_a_memory(monkeypatch):
+    """A GPU of 141 GiB on which a model takes 2 GiB and 3 GiB an image, and
+    the driver 1 GiB: 24 GiB are enough for 7 images."""
+    gib = 2**30
+    limits = []
+
+    class Training:
+        batch = 0
+
+        def set_batch(self, batch):
+            self.batch = batch
+
+        def step(self, name):
+            return Step(self.run)
+
+        def run(self):
+            if limits and (2 + 3 * self.batch) * gib > limits[-1] * 141 * gib:
+                raise torch.cuda.OutOfMemoryError
+
+        optim_wrappers = dict(auto=torch.optim.SGD([torch.zeros(1)], lr=1.))
+
+    training = Training()
+    for name, value in dict(
+            mem_get_info=lambda: (138 * gib, 141 * gib),
+            memory_reserved=lambda: 2 * gib,
+            max_memory_allocated=lambda: (2 + 3 * training.batch) * gib,
+            reset_peak_memory_stats=lambda: None,
+            empty_cache=lambda: None,
+            set_per_process_memory_fraction=limits.append).items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    assert capacity.largest_training_batch(training, 'auto', 24) == 7
+    assert limits == [pytest.approx(23 / 141), 1.]
 
 
 def test_bad_arguments(tmp_path, capsys):

@@ -52,13 +52,13 @@ def test_wheels_come_before_what_is_installed(tmp_path):
     """And all that is installed can still be imported, also from a virtual
     environment."""
     wheels = tmp_path / 'wheels'
-    write_wheel(wheels, 'addict', '99.0')  # installed in another version
+    write_wheel(wheels, 'mat4py', '99.0')  # installed in another version
     write_wheel(wheels, 'of_another_python', tag='py3-none-any')
     write_wheel(wheels, 'of_another_python', '2.0', 'cp27-cp27m-win32')
     status, python, said = gpu_python(wheels, tmp_path)
     assert status == 0, said
-    code = ('import addict, of_another_python, torch, mmengine, convnext_mm; '
-            'print(addict.version, of_another_python.version, torch.__file__, '
+    code = ('import mat4py, of_another_python, torch, mmengine, convnext_mm; '
+            'print(mat4py.version, of_another_python.version, torch.__file__, '
             'convnext_mm.__file__)')
     result = bash('-c', f'source tools/gpu_env.sh; {python} -c "{code}"')
     import torch
@@ -102,12 +102,51 @@ def test_a_part_that_fails_is_told(tmp_path):
     assert 'see log.txt' in summary['environment']['reason']
 
 
+def test_the_whole_proof_measures_everything(tmp_path):
+    """The commands it gives, with nothing measured; one of them fails, and the
+    others go on."""
+    python, log = tmp_path / 'python', tmp_path / 'commands'
+    python.write_text(
+        '#!/usr/bin/env bash\n'
+        f'case $1 in tools/*) echo "$@" >> {log} ;;\n'
+        f'*) exec {sys.executable} "$@" ;; esac\n'
+        'case $* in *detector*) exit 3 ;; esac\n')
+    python.chmod(0o755)
+    out = tmp_path / 'out'
+    result = bash('tools/gpu_proof.sh', out, '--wheels', '', PYTHON=python)
+    commands = [line for line in log.read_text().splitlines()
+                if '/dev/null' not in line]  # fills the compiler's cache
+    runs = {line.rpartition('/')[2].removesuffix('.json'): line
+            for line in commands if 'benchmark.py --device cuda' in line}
+    for arch in ('tiny', 'base'):
+        whole = runs[f'backbone_{arch}']
+        assert '--size 800 1344 --mode train infer memory' in whole
+        assert 'amp-fp16' in whole and '--networks' not in whole  # all peers
+        assert '--size 512 512 --mode train' in runs[f'backbone_{arch}_crop']
+        assert '--compile mmpretrain timm torchvision transformers lean' in (
+            runs[f'backbone_{arch}_compiled'])
+        assert '--mode train --dtype amp --size 800 1344' in (
+            runs[f'backbone_{arch}_compiled'])
+    assert commands[0] == f'tools/check_kernels.py {out}'
+    assert commands[-1].startswith('tools/plot_benchmark.py')
+    summary = json.loads((out / 'summary.json').read_text())
+    failed = {name for name, part in summary.items() if part['exit_code']}
+    if 'detector' in runs:  # where mmcv's operators are
+        for task in ('detector', 'segmentor'):
+            assert f'--mode {task} --dtype amp --fit-gib 24 80' in runs[task]
+        assert summary['detector']['exit_code'] == 3
+        assert failed == {'detector'} and result.returncode == 1
+    else:
+        assert 'left out' in summary['detector']['reason']
+        assert not failed and result.returncode == 0
+
+
 @pytest.mark.slow
 def test_smoke_run_of_the_proof(tmp_path):
     for package in ('mmcv.ops', 'mmdet', 'mmseg', 'mmpretrain', 'timm'):
         pytest.importorskip(package)
     out = tmp_path / 'out'
-    result = bash('tools/gpu_proof.sh', out, '--smoke')
+    result = bash('tools/gpu_proof.sh', out, '--smoke', '--wheels', '')
     assert result.returncode == 0, result.stdout
     summary = json.loads((out / 'summary.json').read_text())
     parts = ['backbone_atto', 'backbone_atto_crop', 'backbone_atto_compiled',

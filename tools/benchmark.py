@@ -13,6 +13,7 @@ allocates and owns.
 """
 import argparse
 import copy
+import importlib
 import importlib.metadata
 import json
 import os
@@ -25,8 +26,8 @@ from typing import Callable, Dict, List, NamedTuple, Optional
 import torch
 from benchmarking.floor import Rates, backbone_cost
 from benchmarking.meter import Meter, Step, own_bytes, saved_bytes
-from benchmarking.networks import (COMPILED, DEPLOY, OURS, PEERS, build,
-                                   difference, one_line)
+from benchmarking.networks import (COMPILED, DEPLOY, OURS, PEER_MODULES,
+                                   PEERS, build, difference, one_line)
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -131,9 +132,8 @@ class BackboneBench:
             return Step(infer)
         # A constant would be no gradient at all behind a LayerNorm, and
         # products of zeros need less power, so that a GPU's clock stays high.
-        with torch.no_grad():
-            grads = [torch.randn_like(y)
-                     for y in self._forward(network, dtype)]
+        grads = [torch.randn_like(y.detach())
+                 for y in self._forward(network, dtype)]
 
         def train() -> None:
             torch.autograd.backward(self._forward(network, dtype), grads)
@@ -179,9 +179,15 @@ class ModelBench:
         from benchmarking import models
         self.args, self.meter, self.rates = args, meter, rates
         self.models, self.task = models, args.mode[0]
-        self.names = args.networks or ['auto', 'mmpretrain']
+        self.names = list(args.networks or ['auto', 'mmpretrain'])
         self.costs: Dict[str, dict] = {}
         self.skipped: Dict[str, str] = {}
+        if 'mmpretrain' in self.names:
+            try:
+                importlib.import_module(PEER_MODULES['mmpretrain'])
+            except Exception as reason:  # that of what it imports, too
+                self.skipped['mmpretrain'] = one_line(reason)
+                self.names.remove('mmpretrain')
         self.args.size = args.size or models.SIZES[self.task]
 
     def rows(self) -> List[dict]:

@@ -9,8 +9,8 @@
 # plot.png, log.txt, and summary.json: the exit code and seconds of each part. A
 # part that hangs is ended (exit code 124) and the others go on; the script ends
 # with status 1 where one failed. --smoke does everything in small on a CPU,
-# which shows that it runs and measures nothing. PYTHON names the interpreter
-# (python3).
+# which shows that it runs and measures nothing. DIR is wheels/ by default, ''
+# means none. PYTHON names the interpreter (python3).
 set -uo pipefail
 SECONDS=0
 LIMIT=510  # seconds for all parts together
@@ -24,10 +24,11 @@ while [ $# -gt 0 ]; do
     case $1 in
         --smoke) smoke=--smoke ;;
         --wheels)
-            wheels=${2:-}
+            wheels=${2-missing}
             shift
-            [ -d "$wheels" ] || {
-                echo "gpu_proof.sh: --wheels '$wheels' is no folder" >&2
+            [ -z "$wheels" ] || [ -d "$wheels" ] || {
+                echo "gpu_proof.sh: --wheels '$wheels' is no folder; give" \
+                    "one, or '' for none" >&2
                 exit 2
             } ;;
         -*)
@@ -41,6 +42,7 @@ if [ -z "$out" ]; then
     echo "$usage" >&2
     exit 2
 fi
+[ -z "$wheels" ] || [ ! -d "$wheels" ] || wheels=$(cd "$wheels" && pwd)
 mkdir -p "$out" && out=$(cd "$out" && pwd) || exit 2
 cd "$root" || exit 2
 : > "$out/parts.tsv"
@@ -70,7 +72,7 @@ import csv, json, pathlib, sys
 out = pathlib.Path(sys.argv[1])
 parts = {}
 for name, code, seconds, reason in csv.reader(
-        (out / 'parts.tsv').open(), delimiter='\t'):
+        (out / 'parts.tsv').open(), delimiter='\t', quoting=csv.QUOTE_NONE):
     parts[name] = dict(exit_code=int(code) if code else None,
                        seconds=int(seconds))
     if reason:

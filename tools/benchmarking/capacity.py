@@ -27,6 +27,7 @@ def largest_training_batch(training: Training, name: str, gib: float) -> int:
     device. Two batch sizes give a guess; then the allocator's limit is set,
     and train steps succeed or run out of memory.
     """
+    _free_cache()
     free, total = torch.cuda.mem_get_info()
     driver = total - free - torch.cuda.memory_reserved()
     limit = gib * 2**30 - driver
@@ -55,9 +56,14 @@ def _fits(training: Training, name: str, batch: int) -> bool:
         for _ in range(2):
             training.step(name).run()
         return True
-    except torch.OutOfMemoryError:
+    except torch.cuda.OutOfMemoryError:
         return False
     finally:  # no failed attempt must weigh on the next
         training.optim_wrappers[name].zero_grad()
-        gc.collect()
-        torch.cuda.empty_cache()
+        _free_cache()
+
+
+def _free_cache() -> None:
+    """Gives back what models that are gone, or failed steps, have held."""
+    gc.collect()
+    torch.cuda.empty_cache()

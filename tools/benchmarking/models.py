@@ -3,7 +3,6 @@ and with mmpretrain's, the same weights in both."""
 import contextlib
 import copy
 import io
-import logging
 import os
 from pathlib import Path
 from typing import Dict, Iterator, List, Tuple
@@ -12,6 +11,7 @@ from unittest import mock
 import numpy as np
 import torch
 from mmengine.config import Config
+from mmengine.logging import MMLogger
 from mmengine.model import revert_sync_batchnorm
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, DefaultScope, init_default_scope
@@ -264,7 +264,7 @@ class Training:
             SystemExit: They do not.
         """
         expected = None
-        with torch.backends.cudnn.flags(allow_tf32=False):
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             for name, model in self.models.items():
                 loss = self.loss(name).item()
                 model.backbone.eval()  # no drop path
@@ -289,13 +289,14 @@ class Training:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Without the names of all parameters, which constructors print."""
-    disabled = logging.root.manager.disable
-    logging.disable(logging.INFO)
+    logger = MMLogger.get_current_instance()
+    level = logger.level
+    logger.setLevel('WARNING')
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             yield
     finally:
-        logging.disable(disabled)
+        logger.setLevel(level)
 
 
 def _with_backbone(cfg: Config, name: str) -> Config:

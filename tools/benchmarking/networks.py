@@ -177,7 +177,7 @@ def build_ours(name: str, arch: str, model: ConvNeXt) -> ConvNeXt:
 @torch.no_grad()
 def _maps(network: nn.Module, x: Tensor) -> List[Tensor]:
     # Convolutions in TensorFloat-32 would differ by more than the tolerance.
-    with torch.backends.cudnn.flags(allow_tf32=False):
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         return network.eval()(x)
 
 
