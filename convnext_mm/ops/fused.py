@@ -24,8 +24,9 @@ backward one of the cast of ``dout``.
 Both directions are custom operators, so that ``torch.compile`` sees one node
 each.
 """
+import contextlib
 import math
-from typing import Callable, List, Optional, Sequence, Tuple
+from typing import Callable, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -167,6 +168,14 @@ def grn_factor_grads(d_scale: Tensor, grn_gamma: Tensor, norm: Tensor,
     return d_norm, (d_scale * norm / mean).sum((0, 1))
 
 
+@contextlib.contextmanager
+def _undisturbed_on(x: Tensor) -> Iterator[None]:
+    """No autocast, and kernels start on the device of ``x``."""
+    with torch.autocast(
+            x.device.type, enabled=False), torch.cuda.device_of(x):
+        yield
+
+
 def define_block(name: str, forward: Callable,
                  backward: Callable) -> Callable[..., Tensor]:
     """A block from its two directions, as the custom operators
@@ -198,7 +207,7 @@ def define_block(name: str, forward: Callable,
             drop_scale: Optional[Tensor], eps: float, dilation: int,
             dtype: torch.dtype,
             keep: int) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
-        with torch.autocast(x.device.type, enabled=False):
+        with _undisturbed_on(x):
             out, *kept = forward(
                 x, dwconv_weight, dwconv_bias, norm_weight, norm_bias,
                 pwconv1_weight, pwconv1_bias, pwconv2_weight, pwconv2_bias,
@@ -237,7 +246,7 @@ def define_block(name: str, forward: Callable,
         params = (None, dwconv_weight, dwconv_bias, norm_weight, norm_bias,
                   pwconv1_weight, pwconv1_bias, pwconv2_weight, pwconv2_bias,
                   gamma, grn_gamma, grn_beta)
-        with torch.autocast(maps.device.type, enabled=False):
+        with _undisturbed_on(maps):
             grads = backward(grad_out, x, maps, hidden, *params[1:],
                              drop_scale, eps, dilation, x_dtype, needs)
             return [
@@ -372,7 +381,7 @@ def define_downsample(name: str, norm: Callable,
                    conv_weight: Tensor, conv_bias: Tensor, eps: float,
                    stride: Sequence[int], padding: Sequence[int],
                    dilation: Sequence[int], dtype: torch.dtype) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
+        with _undisturbed_on(x):
             normed = norm(
                 x.permute(0, 2, 3, 1), norm_weight, norm_bias, eps, dtype)[0]
             out = F.conv2d(
@@ -397,7 +406,7 @@ def define_downsample(name: str, norm: Callable,
                     stride: Sequence[int], padding: Sequence[int],
                     dilation: Sequence[int], dtype: torch.dtype,
                     needs: List[bool]) -> List[Tensor]:
-        with torch.autocast(x.device.type, enabled=False):
+        with _undisturbed_on(x):
             x = x.permute(0, 2, 3, 1)
             normed, *statistics = norm(x, norm_weight, norm_bias, eps, dtype)
             d_normed, d_weight, d_bias = torch.ops.aten.convolution_backward(

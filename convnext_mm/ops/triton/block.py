@@ -177,8 +177,9 @@ def _norm_op(x: Tensor, weight: Tensor, bias: Tensor, eps: float,
              channels_last: bool, dtype: torch.dtype) -> Tensor:
     out = torch.empty_like(
         x, dtype=dtype, memory_format=_format(channels_last))
-    launch.layer_norm(
-        rows(x).contiguous(), weight, bias, eps, out, channels_last)
+    with torch.cuda.device_of(x):
+        launch.layer_norm(
+            rows(x).contiguous(), weight, bias, eps, out, channels_last)
     return out
 
 
@@ -216,8 +217,9 @@ def _norm_backward_op(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor,
     grad = grad if plain else grad.contiguous(
         memory_format=torch.channels_last)
     n, channels, height, width = x.shape
-    d_x, d_weight, d_bias = launch.layer_norm_backward(
-        grad, rows(x).contiguous(), weight, bias, eps, grad_last=not plain)
+    with torch.cuda.device_of(x):
+        d_x, d_weight, d_bias = launch.layer_norm_backward(
+            grad, rows(x).contiguous(), weight, bias, eps, grad_last=not plain)
     d_x = d_x.view(n, height, width, channels).permute(0, 3, 1, 2)
     return d_x, d_weight.to(weight.dtype), d_bias.to(bias.dtype)
 
