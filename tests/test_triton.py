@@ -200,11 +200,12 @@ def test_double_backward_is_refused():
 def test_backbone_equals_eager(settings, autocast):
     """fp32 within the contract; under autocast no worse than eager against
     fp32, as far as the interpreter can tell."""
+    settings['shape'] = (2, 3, 33, 36)
     exact = run_backbone('eager', **settings)
     plain, got = (run_backbone(name, autocast, **settings)
                   for name in ('eager', 'triton'))
     for ours, theirs in zip(got[0], plain[0]):
-        assert ours.stride() == theirs.stride()
+        assert ours.is_contiguous() and theirs.is_contiguous()
         assert ours.dtype == theirs.dtype
     if autocast is None:
         for ours, theirs in zip(got[0], exact[0]):
@@ -323,7 +324,6 @@ def test_auto_takes_kernels_that_work(monkeypatch, caplog):
     class OnGPU:
         """What selection asks of a tensor on a GPU."""
         device = torch.device('cuda:0')
-        is_cuda = True
         shape = torch.Size((1, 8, 4, 4))
         dtype = torch.float32
 
@@ -358,8 +358,11 @@ def test_map_sizes_are_not_compiled_in():
     names = [n for n in dir(module) if n.endswith('_kernel')]
     assert len(names) == 8
     for name in names:
-        for parameter in getattr(module, name).fn.__code__.co_varnames:
-            assert parameter not in ('n', 'h', 'w')
+        kernel = getattr(module, name)
+        sizes = set(kernel.arg_names) & {
+            'samples', 'height', 'width', 'pixels', 'rows'}
+        assert sizes
+        assert set(kernel.kwargs['do_not_specialize']) == sizes
     keys = []
 
     def remember(key, candidates, run):

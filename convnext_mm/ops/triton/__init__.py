@@ -19,8 +19,6 @@ MIN_CAPABILITY = (8, 0)  # the oldest that the kernels are compiled for in tests
 
 def why_not(x: Tensor) -> Optional[str]:
     """Why the kernels cannot run on ``x``, or None if they can."""
-    if importlib.util.find_spec('triton') is None:
-        return 'Triton is not installed: pip install triton'
     for dtype in (x.dtype, compute_dtype(x)):
         if dtype not in DTYPES:
             return f'they compute in {_names(DTYPES)}, and the input is {dtype}'
@@ -28,13 +26,21 @@ def why_not(x: Tensor) -> Optional[str]:
     if values >= LARGEST_MAP:
         return (f'a sample of the input has {values} values, and they take '
                 f'less than {LARGEST_MAP}')
-    if x.device.type == 'cpu' and _interpreted():
+    return _device_reason(str(x.device))
+
+
+@torch.compiler.assume_constant_result
+def _device_reason(device: str) -> Optional[str]:
+    if importlib.util.find_spec('triton') is None:
+        return 'Triton is not installed: pip install triton'
+    kind = torch.device(device).type
+    if kind == 'cpu' and _interpreted():
         return None
-    if x.device.type != 'cuda' or torch.version.hip:
+    if kind != 'cuda' or torch.version.hip:
         return ('they need an NVIDIA GPU, and the input is on '
-                f'{"an AMD GPU" if x.is_cuda else x.device.type} (on a CPU '
+                f'{"an AMD GPU" if kind == "cuda" else kind} (on a CPU '
                 'TRITON_INTERPRET=1 runs them, slowly, for debugging)')
-    capability = torch.cuda.get_device_capability(x.device)
+    capability = torch.cuda.get_device_capability(device)
     if capability < MIN_CAPABILITY:
         return ('they need a GPU of compute capability '
                 f'{".".join(map(str, MIN_CAPABILITY))} or above, this one has '

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..fused import (KEEP_NOTHING, bias_with_beta, compute_dtype, define_block,
+from ..fused import (KEEP_NOTHING, bias_with_beta, define_block,
                      define_downsample, grn_factor_grads, grn_factors,
                      layer_scale_grads, memory_format, out_dtype, power_of_two,
                      refuse_double_backward, residual_scale, rows, scaled)
@@ -52,8 +52,8 @@ def _forward(x: Tensor, dwconv_weight: Tensor, dwconv_bias: Tensor,
     out = launch.linear_residual(
         h, w2, b2, rows(x).contiguous(), residual_scale(gamma, drop_scale),
         out_dtype(x, gamma, dtype))
-    n, _, height, width = x.shape
-    out = out.view(n, height, width, -1).permute(0, 3, 1, 2)
+    n, channels, height, width = x.shape
+    out = out.view(n, height, width, channels).permute(0, 3, 1, 2)
     out = out.contiguous(memory_format=memory_format(x))
     if keep == KEEP_NOTHING:
         return out, None, None, None
@@ -165,9 +165,8 @@ downsample = define_downsample('triton', _norm_rows, _norm_rows_backward)
 def norm(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float,
          channels_last: bool) -> Tensor:
     """:func:`convnext_mm.ops.eager.norm`; keeps its input only."""
-    autocast = compute_dtype(x) != x.dtype or torch.is_autocast_enabled(
-        x.device.type)
-    # Autocast runs LayerNorm in fp32.
+    # Autocast runs LayerNorm in fp32 on GPUs; on CPUs it leaves it alone.
+    autocast = x.is_cuda and torch.is_autocast_enabled('cuda')
     dtype = torch.float32 if autocast else x.dtype
     return _norm_op(x, weight, bias, eps, channels_last, dtype)
 

@@ -216,7 +216,7 @@ def layer_norm_backward(
     out = torch.empty_like(x, dtype=out_dtype)
     if not x.numel():
         zeros = x.new_zeros(channels, dtype=torch.float32)
-        return out, zeros, zeros
+        return out, zeros, zeros.clone()
     tile = _norm_tile(channels)
     programs = min(n * triton.cdiv(pixels, tile['BLOCK_R']),
                    programs_at_once())
