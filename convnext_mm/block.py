@@ -21,9 +21,10 @@ class Implementation(NamedTuple):
 IMPLEMENTATIONS: Dict[str, Implementation] = {
     'eager': Implementation(eager.block, eager.downsample),
     'lean': Implementation(lean.block, lean.downsample),
-    'lean+': Implementation(lean.block_plus, lean.downsample)
+    'lean+': Implementation(lean.block_plus, lean.downsample),
+    'triton': Implementation(triton.block, triton.downsample, triton.norm)
 }
-IMPL_NAMES = ('auto', *IMPLEMENTATIONS, 'triton')
+IMPL_NAMES = ('auto', *IMPLEMENTATIONS)
 IMPL_VARIABLE = 'CONVNEXT_MM_IMPL'  # overrides every impl, for debugging
 
 
@@ -49,14 +50,9 @@ def select_impl(impl: str, x: Tensor) -> Implementation:
         if reason is not None:
             raise RuntimeError(f"{source}='triton' cannot run here: {reason}. "
                                "impl='auto' takes the best that can")
-        # Its module imports Triton, which may be missing.
-        from .ops.triton import block
-        functions = Implementation(block.block, block.downsample, block.norm)
-    else:
-        functions = IMPLEMENTATIONS[name]
     if not torch.compiler.is_compiling():
         _log_choice(source, impl, name, x.device.type)
-    return functions
+    return IMPLEMENTATIONS[name]
 
 
 def _best(x: Tensor) -> str:

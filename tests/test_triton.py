@@ -22,8 +22,8 @@ from convnext_mm.ops import triton as triton_ops
 pytest.importorskip('triton')
 if torch.cuda.is_available():  # compiled kernels take no CPU tensors
     pytest.skip('runs where there is no GPU', allow_module_level=True)
-from convnext_mm.ops.triton import block as kernels  # noqa: E402
 from convnext_mm.ops.triton import launch  # noqa: E402
+from convnext_mm.ops.triton import operators as kernels  # noqa: E402
 
 
 @pytest.fixture(params=['library', 'fused'])
@@ -329,7 +329,7 @@ def test_auto_takes_kernels_that_work(monkeypatch, caplog):
 
     monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda d: (9, 0))
     monkeypatch.setattr(triton_ops, 'works_on', lambda device: True)
-    assert block_module.select_impl('auto', OnGPU()).block is kernels.block
+    assert block_module.select_impl('auto', OnGPU()).block is triton_ops.block
     monkeypatch.setattr(triton_ops, 'works_on', lambda device: False)
     assert block_module.select_impl('auto', OnGPU()).block is eager.block
     monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda d: (7, 5))

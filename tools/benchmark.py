@@ -410,6 +410,10 @@ def main(argv=None) -> None:
         batch=args.batch, size=list(args.size), costs=bench.costs,
         rates=rates.measured(), rows=rows, skipped=bench.skipped),
         indent=1) + '\n')
+    failed = [name for name in bench.skipped if name in OURS]
+    if failed:
+        raise SystemExit(f'error: {", ".join(failed)} of this package did not '
+                         f'run, see above; the others are in {args.out}')
 
 
 if __name__ == '__main__':

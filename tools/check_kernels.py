@@ -141,7 +141,7 @@ def check_block(shape, dtype, kernel: int, version: int,
     import torch
 
     from convnext_mm.ops import eager
-    from convnext_mm.ops.triton import block as kernels
+    from convnext_mm.ops.triton import operators
     n, c, _, _ = shape
     m = 4 * c
     randn = generator()
@@ -164,7 +164,7 @@ def check_block(shape, dtype, kernel: int, version: int,
     return compare(
         f'block V{version} {kernel}x{kernel} d{dilation}', shape, dtype,
         lambda *v, **k: eager.block(*v, drop_scale, **k),
-        lambda *v, **k: kernels.block(*v, drop_scale, **k), values,
+        lambda *v, **k: operators.block(*v, drop_scale, **k), values,
         dict(dilation=dilation))
 
 
@@ -172,7 +172,7 @@ def check_layer(name: str, shape, dtype) -> dict:
     import torch
 
     from convnext_mm.ops import eager
-    from convnext_mm.ops.triton import block as kernels
+    from convnext_mm.ops.triton import operators
     c = shape[1]
     randn = generator()
     values = [
@@ -186,7 +186,7 @@ def check_layer(name: str, shape, dtype) -> dict:
     else:
         settings['channels_last'] = False
     return compare(name, shape, dtype, getattr(eager, name),
-                   getattr(kernels, name), values, settings)
+                   getattr(operators, name), values, settings)
 
 
 def generator():
@@ -330,7 +330,7 @@ def start_all(c: int, dtype) -> None:
     """Every launch of both directions, in the variants that a model has."""
     import torch
 
-    from convnext_mm.ops.triton import block as kernels
+    from convnext_mm.ops.triton import operators
     n, height, width, m = 1, 2, 4, 4 * c
     x = torch.zeros(n, c, height, width, dtype=dtype).contiguous(
         memory_format=torch.channels_last)
@@ -344,13 +344,13 @@ def start_all(c: int, dtype) -> None:
     for version in (1, 2):
         extra = ([zeros(c), None, None] if version == 1 else
                  [None, zeros(1, 1, 1, m), zeros(1, 1, 1, m)])
-        out, _, maps, hidden = kernels._forward(x, *params, *extra, scale,
+        out, _, maps, hidden = operators._forward(x, *params, *extra, scale,
                                                 1e-6, 1, dtype, 2)
-        kernels._backward(out, x, maps, hidden, *params, *extra, scale, 1e-6,
+        operators._backward(out, x, maps, hidden, *params, *extra, scale, 1e-6,
                           1, x.dtype, [True] * 12)
-    grad = kernels._norm_op(x, params[2], params[3], 1e-6, False,
+    grad = operators._norm_op(x, params[2], params[3], 1e-6, False,
                             torch.float32)
-    kernels._norm_backward_op(grad, x, params[2], params[3], 1e-6)
+    operators._norm_backward_op(grad, x, params[2], params[3], 1e-6)
 
 
 def resource_usage(cubin: bytes) -> Dict[str, int]:

@@ -118,12 +118,7 @@ main() {
         return
     fi
     note environment 0 $SECONDS ''
-    local compiled='mmpretrain timm torchvision transformers lean'
-    if "$python" -c 'import sys
-from convnext_mm.block import IMPLEMENTATIONS
-sys.exit("triton" not in IMPLEMENTATIONS)'; then
-        compiled+=' triton'
-    fi
+    local compiled='mmpretrain timm torchvision transformers lean triton'
     local common=(--device cuda --batch 2 --rounds 15)
     local archs=(tiny base) full='800 1344' crop='512 512'
     local dtypes='amp bf16 amp-fp16' model_dtype=amp fit='--fit-gib 24 80'

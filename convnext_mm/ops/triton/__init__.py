@@ -1,5 +1,5 @@
 """Fused GPU kernels. Importing this imports no Triton, which not every PyTorch
-has: ``.block`` does."""
+has: its functions import :mod:`.operators` when they are called."""
 import functools
 import importlib.util
 from typing import Optional
@@ -84,7 +84,7 @@ def _works_on(device: str) -> bool:
 
 def _check(device: str, dtype: torch.dtype) -> None:
     """Raises ArithmeticError where outputs or gradients are off."""
-    from . import block as kernels
+    from . import operators
     generator = torch.Generator().manual_seed(0)
     c, m = 24, 96
     shapes = ((2, c, 9, 11), (c, 1, 7, 7), (c, ), (c, ), (c, ), (m, c), (m, ),
@@ -92,7 +92,7 @@ def _check(device: str, dtype: torch.dtype) -> None:
     values = [torch.randn(*s, generator=generator).to(device) for s in shapes]
     values[0] = values[0].contiguous(memory_format=torch.channels_last)
     results = []
-    for function in (eager.block, kernels.block):
+    for function in (eager.block, operators.block):
         inputs = [v.clone().requires_grad_() for v in values]
         with torch.autocast(
                 torch.device(device).type,
@@ -109,3 +109,21 @@ def _check(device: str, dtype: torch.dtype) -> None:
             raise ArithmeticError(
                 f'in {dtype} a value is off by {difference:.2g} of the largest'
             )
+
+
+def block(*args, **kwargs) -> Tensor:
+    """:func:`convnext_mm.ops.eager.block`, fused."""
+    from . import operators
+    return operators.block(*args, **kwargs)
+
+
+def downsample(*args, **kwargs) -> Tensor:
+    """:func:`convnext_mm.ops.eager.downsample`, fused."""
+    from . import operators
+    return operators.downsample(*args, **kwargs)
+
+
+def norm(*args, **kwargs) -> Tensor:
+    """:func:`convnext_mm.ops.eager.norm`, fused."""
+    from . import operators
+    return operators.norm(*args, **kwargs)
