@@ -1,15 +1,17 @@
 """The Triton kernels against plain PyTorch: in Triton's interpreter where there
 is no GPU, which is slow, so shapes are small. ``tools/check_kernels.py`` runs
 real ones on a GPU."""
+import functools
 import json
 import os
 import subprocess
 import sys
 
+import block_cases
 import pytest
 import torch
-from block_cases import (NAMES, SMALL, arguments, assert_equals_eager,
-                         relative, run, run_backbone)
+from block_cases import (NAMES, SMALL, assert_equals_eager, relative, run,
+                         run_backbone)
 from torch.utils.checkpoint import checkpoint
 
 from convnext_mm import ConvNeXt
@@ -25,6 +27,9 @@ if torch.cuda.is_available():  # compiled kernels take no CPU tensors
 from convnext_mm.ops.triton import launch  # noqa: E402
 from convnext_mm.ops.triton import operators as kernels  # noqa: E402
 
+# The interpreter takes its time: 3 x 3 unless 7 x 7 is what is tested.
+arguments = functools.partial(block_cases.arguments, kernel=3)
+
 
 @pytest.fixture(params=['library', 'fused'])
 def products(request, monkeypatch):
@@ -35,14 +40,15 @@ def products(request, monkeypatch):
     return request.param
 
 
-@pytest.mark.parametrize('version, scale, dilation, samples, size', [
-    (1, 1., 1, 3, (9, 11)), (1, 1e-6, 1, 2, (4, 5)), (1, None, 1, 2, (4, 5)),
-    (2, None, 1, 3, (9, 11)), (1, 1., 2, 2, (5, 17)), (1, 1., 4, 1, (13, 6)),
-    (2, None, 2, 1, (5, 6))
+@pytest.mark.parametrize('kernel, version, scale, dilation, samples, size', [
+    (7, 1, 1., 1, 3, (9, 11)), (3, 1, 1e-6, 1, 2, (9, 11)),
+    (3, 1, None, 1, 2, (4, 5)), (7, 2, None, 1, 2, (5, 6)),
+    (3, 1, 1., 2, 2, (5, 17)), (7, 1, 1., 4, 1, (13, 6)),
+    (3, 2, None, 2, 3, (9, 11))
 ])
-def test_block_equals_eager(version, scale, dilation, samples, size):
+def test_block_equals_eager(kernel, version, scale, dilation, samples, size):
     values, drop_scale = arguments(
-        size=size, samples=samples, version=version, scale=scale)
+        kernel=kernel, size=size, samples=samples, version=version, scale=scale)
     drop_scale = drop_scale if samples > 1 else None
     assert_equals_eager('triton', values, drop_scale, dilation=dilation)
 
@@ -186,7 +192,7 @@ def test_unused_output_and_empty_batch():
 
 
 def test_double_backward_is_refused():
-    model = ConvNeXt(SMALL, impl='triton')
+    model = ConvNeXt(SMALL, impl='triton', kernel_size=3)
     x = torch.rand(1, 3, 32, 32, requires_grad=True)
     grad, = torch.autograd.grad(
         model(x)[-1].square().sum(), x, create_graph=True)
@@ -200,7 +206,7 @@ def test_double_backward_is_refused():
 def test_backbone_equals_eager(settings, autocast):
     """fp32 within the contract; under autocast no worse than eager against
     fp32, as far as the interpreter can tell."""
-    settings['shape'] = (2, 3, 33, 36)
+    settings.update(shape=(2, 3, 33, 36), kernel_size=3)
     exact = run_backbone('eager', **settings)
     plain, got = (run_backbone(name, autocast, **settings)
                   for name in ('eager', 'triton'))
@@ -232,7 +238,7 @@ def test_keeps_what_lean_keeps(version):
     x = torch.rand(2, 8, 6, 5).contiguous(
         memory_format=torch.channels_last).requires_grad_()
     for impl in ('lean', 'triton'):
-        block = Block(8, impl=impl, use_grn=version == 2)
+        block = Block(8, kernel_size=3, impl=impl, use_grn=version == 2)
         tensors = []
 
         def pack(tensor):
@@ -254,7 +260,7 @@ def test_keeps_what_lean_keeps(version):
 @pytest.mark.parametrize('autocast', [False, True])
 def test_compiles_with_fixed_shapes(autocast):
     torch.manual_seed(0)
-    model = ConvNeXt(SMALL, impl='triton', drop_path_rate=0.3)
+    model = ConvNeXt(SMALL, impl='triton', kernel_size=3, drop_path_rate=0.3)
     compiled = torch.compile(
         model, backend='aot_eager', fullgraph=True, dynamic=False)
     x = torch.rand(2, 3, 32, 32)
