@@ -34,9 +34,8 @@ arguments = functools.partial(block_cases.arguments, kernel=3)
 @pytest.fixture(params=['library', 'fused'])
 def products(request, monkeypatch):
     """Matrix products by PyTorch, or with what follows them in one kernel."""
-    index = {'library': 0, 'fused': -1}[request.param]
-    monkeypatch.setattr(launch, 'fastest',
-                        lambda key, candidates, run: candidates[index])
+    monkeypatch.setattr(launch, 'fixed_choice',
+                        {'library': 0, 'fused': -1}[request.param])
     return request.param
 
 
@@ -371,7 +370,7 @@ def test_map_sizes_are_not_compiled_in():
         assert set(kernel.kwargs['do_not_specialize']) == sizes
     keys = []
 
-    def remember(key, candidates, run):
+    def remember(key, rows, candidates, run):
         keys.append(key)
         return candidates[0]
 
@@ -386,6 +385,53 @@ def test_map_sizes_are_not_compiled_in():
     finally:
         launch.fastest = original
     assert seen[0] == seen[1] and seen[0]
+
+
+def test_choice_is_measured_once(monkeypatch):
+    """For a device, a key and an order of magnitude; nothing is in PyTorch's
+    deterministic mode, and what has no memory is not taken."""
+    times = dict(a=2., b=1., c=float('inf'))
+    measured = []
+
+    def time(run, candidate):
+        measured.append(candidate)
+        return times[candidate]
+
+    monkeypatch.setattr(launch, 'INTERPRETED', False)
+    monkeypatch.setattr(launch, '_fastest', {})
+    monkeypatch.setattr(launch, '_time', time)
+    monkeypatch.setattr(torch.cuda, 'current_device', lambda: 0)
+    capturing = []
+    monkeypatch.setattr(torch.cuda, 'is_current_stream_capturing',
+                        lambda: bool(capturing))
+    capturing.append(True)
+    assert launch.fastest(('k', 1), 500, 'abc', None) == 'a'
+    capturing.clear()
+    assert launch.fastest(('k', 1), 500, 'abc', None) == 'b'
+    capturing.append(True)
+    assert launch.fastest(('k', 1), 400, 'abc', None) == 'b'
+    capturing.clear()
+    assert measured == ['a', 'b', 'c']
+    assert launch.fastest(('k', 2), 500, 'cc', None) == 'c'
+    assert ('k', 2) not in {key[2:] for key in launch._fastest}
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert launch.fastest(('k', 1), 500, 'abc', None) == 'a'
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_self_check_inside_a_checkpoint():
+    """The hooks of a checkpoint must not see the check's tensors."""
+    triton_ops._works_on.cache_clear()
+    x = torch.rand(1, 8, 4, 5, requires_grad=True)
+
+    def run(x):
+        assert triton_ops.works_on('cpu')
+        return x.sin().cos()
+
+    checkpoint(run, x, use_reentrant=False).sum().backward()
+    torch.testing.assert_close(x.grad, -x.sin().sin() * x.cos())
 
 
 def check_kernels(tmp_path, *options):

@@ -21,7 +21,7 @@ import platform
 import shlex
 import sys
 from pathlib import Path
-from typing import Callable, Dict, List, NamedTuple, Optional
+from typing import Callable, Dict, Iterator, List, NamedTuple, Optional
 
 import torch
 from benchmarking.floor import Rates, backbone_cost
@@ -73,8 +73,8 @@ class BackboneBench:
         self.x = torch.rand(args.batch, 3, *args.size, device=args.device)
         self.costs: Dict[str, dict] = {}
 
-    def rows(self) -> List[dict]:
-        rows = []
+    def rows(self) -> Iterator[List[dict]]:
+        """Of one dtype and mode after another."""
         for dtype in sorted(self.args.dtype, key=list(DTYPES).index):
             for network in self.networks.values():
                 network.to(DTYPES[dtype].parameters)
@@ -82,9 +82,8 @@ class BackboneBench:
                 names = [n for n in self.networks
                          if mode == 'infer' or not n.endswith(DEPLOY)]
                 measure = self._saved if mode == 'memory' else self._timed
-                rows += [dict(network=name, mode=mode, dtype=dtype, **row)
-                         for name, row in measure(names, mode, dtype).items()]
-        return rows
+                yield [dict(network=name, mode=mode, dtype=dtype, **row)
+                       for name, row in measure(names, mode, dtype).items()]
 
     def _forward(self, network: nn.Module, dtype: str) -> List[Tensor]:
         precision = DTYPES[dtype]
@@ -190,8 +189,8 @@ class ModelBench:
                 self.names.remove('mmpretrain')
         self.args.size = args.size or models.SIZES[self.task]
 
-    def rows(self) -> List[dict]:
-        rows = []
+    def rows(self) -> Iterator[List[dict]]:
+        """Of one dtype and model after another."""
         for dtype in self.args.dtype:
             training = self._training(self.names, dtype)
             training.check_equal()
@@ -200,9 +199,7 @@ class ModelBench:
             for name, row in timed.items():
                 if self.args.fit_gib:
                     row['largest_batch'] = self._fit(name, dtype)
-                rows.append(dict(network=name, mode=self.task, dtype=dtype,
-                                 **row))
-        return rows
+                yield [dict(network=name, mode=self.task, dtype=dtype, **row)]
 
     def _training(self, names: List[str], dtype: str):
         return self.models.Training(
@@ -395,21 +392,25 @@ def main(argv=None) -> None:
     meter = Meter(args.device, args.clock)
     rates = Rates(args.device, meter.now)
     before = machine(args)
+    command = shlex.join(['python', 'tools/benchmark.py',
+                          *(argv or sys.argv[1:])])
+    rows = []
     try:
         bench = (ModelBench if args.whole else BackboneBench)(args, meter,
                                                               rates)
-        rows = bench.rows()
+        # Written each time: whoever ends this early has what was measured.
+        for measured in bench.rows():
+            rows += measured
+            Path(args.out).write_text(json.dumps(dict(
+                command=command, machine=before,
+                load_average_after=os.getloadavg(), versions=versions(),
+                clock=args.clock, arch=args.arch, batch=args.batch,
+                size=list(args.size), costs=bench.costs,
+                rates=rates.measured(), rows=rows, skipped=bench.skipped),
+                indent=1) + '\n')
     except ValueError as error:
         raise SystemExit(f'error: {error}')
     print_rows(rows, bench.skipped)
-    command = shlex.join(['python', 'tools/benchmark.py',
-                          *(argv or sys.argv[1:])])
-    Path(args.out).write_text(json.dumps(dict(
-        command=command, machine=before, load_average_after=os.getloadavg(),
-        versions=versions(), clock=args.clock, arch=args.arch,
-        batch=args.batch, size=list(args.size), costs=bench.costs,
-        rates=rates.measured(), rows=rows, skipped=bench.skipped),
-        indent=1) + '\n')
     failed = [name for name in bench.skipped if name in OURS]
     if failed:
         raise SystemExit(f'error: {", ".join(failed)} of this package did not '

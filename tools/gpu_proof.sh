@@ -87,13 +87,16 @@ bench() {
         --out "$out/$1.json"
 }
 
-# backbone ARCH: all that is measured of a backbone.
+# backbone ARCH: what is measured of a backbone, and of a compiled one.
 backbone() {
-    bench "backbone_$1" 90 --arch "$1" --size $full \
+    bench "backbone_$1" 80 --arch "$1" --size $full \
         --mode train infer memory --dtype $dtypes
-    bench "backbone_$1_crop" 45 --arch "$1" --size $crop --mode train \
+    bench "backbone_$1_crop" 30 --arch "$1" --size $crop --mode train \
         --dtype amp
-    bench "backbone_$1_compiled" 100 --arch "$1" "${compile_case[@]}" \
+}
+
+backbone_compiled() {
+    bench "backbone_$1_compiled" 70 --arch "$1" "${compile_case[@]}" \
         --networks $compiled --compile $compiled
 }
 
@@ -134,9 +137,9 @@ main() {
         --compile-backend "$backend")
 
     [ -n "$smoke" ] || warm_compile_cache > "$out/warming.txt" 2>&1
-    part kernels 150 "$python" tools/check_kernels.py $smoke "$out"
+    part kernels 100 "$python" tools/check_kernels.py $smoke "$out"
     if [ ${#warming[@]} -gt 0 ]; then
-        timeout 90 bash -c 'for p; do tail --pid="$p" -f /dev/null; done' _ \
+        timeout 40 bash -c 'for p; do tail --pid="$p" -f /dev/null; done' _ \
             "${warming[@]}"
         kill "${warming[@]}" 2> /dev/null
         wait "${warming[@]}" 2> /dev/null
@@ -149,17 +152,20 @@ sys.path.insert(0, "tools")
 from setup_env import CHECK_MMCV
 exec(CHECK_MMCV)
 import mmdet.models, mmseg.models' 2>&1); then
-        bench detector 120 --mode detector --dtype $model_dtype $fit \
+        bench detector 80 --mode detector --dtype $model_dtype $fit \
             --arch "${archs[0]}" $detector
-        bench segmentor 90 --mode segmentor --dtype $model_dtype $fit \
+        bench segmentor 60 --mode segmentor --dtype $model_dtype $fit \
             --arch "${archs[0]}" $segmentor
     else
         note detector '' 0 "left out: $(tail -n 1 <<< "$reason")"
         note segmentor '' 0 "left out: $(tail -n 1 <<< "$reason")"
     fi
+    # The later, the more likely it is that no time is left.
     local arch
+    backbone_compiled "${archs[0]}"
     for arch in "${archs[@]:1}"; do
         backbone "$arch"
+        backbone_compiled "$arch"
     done
     local name results=()
     for name in backbone_{tiny,base,atto}{,_crop,_compiled} detector \

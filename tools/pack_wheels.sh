@@ -30,7 +30,8 @@ pin() {  # NAME...: NAME==VERSION of each, from the constraints
 # Pure Python, and where the index has only the source, built here.
 pure=$(pin onedl-mmengine onedl-mmdetection onedl-mmsegmentation \
     onedl-mmpretrain addict ftfy huggingface_hub importlib_metadata mat4py \
-    model-index modelindex ordered-set platformdirs prettytable termcolor \
+    markdown-it-py mdurl model-index modelindex ordered-set platformdirs \
+    prettytable Pygments rich termcolor \
     terminaltables transformers yapf)
 # Compiled: for the other machine's Python.
 compiled=$(pin pycocotools shapely tokenizers wcwidth)

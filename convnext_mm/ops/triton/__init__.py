@@ -12,6 +12,7 @@ from .. import eager
 from ..fused import compute_dtype
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MIN_TRITON = '3.6'  # tests run with it; tuples in loops need a recent one
 # Values of one sample's map: 4 hidden ones for each, and 32-bit offsets.
 LARGEST_MAP = 2**31 // 4
 MIN_CAPABILITY = (8, 0)  # the oldest that the kernels are compiled for in tests
@@ -31,8 +32,8 @@ def why_not(x: Tensor) -> Optional[str]:
 
 @torch.compiler.assume_constant_result
 def _device_reason(device: str) -> Optional[str]:
-    if importlib.util.find_spec('triton') is None:
-        return 'Triton is not installed: pip install triton'
+    if not _has_triton():
+        return f'Triton {MIN_TRITON} or above is missing: pip install triton'
     kind = torch.device(device).type
     if kind == 'cpu' and _interpreted():
         return None
@@ -46,6 +47,15 @@ def _device_reason(device: str) -> Optional[str]:
                 f'{".".join(map(str, MIN_CAPABILITY))} or above, this one has '
                 f'{".".join(map(str, capability))}')
     return None
+
+
+@functools.lru_cache(maxsize=None)
+def _has_triton() -> bool:
+    if importlib.util.find_spec('triton') is None:
+        return False
+    import triton
+    found = tuple(map(int, triton.__version__.split('.')[:2]))
+    return found >= tuple(map(int, MIN_TRITON.split('.')))
 
 
 def _names(dtypes) -> str:
@@ -71,7 +81,10 @@ def works_on(device: str) -> bool:
 @functools.lru_cache(maxsize=None)
 def _works_on(device: str) -> bool:
     try:
-        with torch.inference_mode(False), torch.enable_grad():
+        # Hooks of a checkpoint around this must not see its tensors.
+        with torch.inference_mode(False), torch.enable_grad(), \
+                torch.autograd.graph.saved_tensors_hooks(
+                    lambda t: t, lambda t: t):
             for dtype in (torch.float32, torch.bfloat16):
                 _check(device, dtype)
     except Exception as error:  # whatever a compiler or driver may raise
@@ -84,23 +97,31 @@ def _works_on(device: str) -> bool:
 
 def _check(device: str, dtype: torch.dtype) -> None:
     """Raises ArithmeticError where outputs or gradients are off."""
-    from . import operators
+    from . import launch, operators
     generator = torch.Generator().manual_seed(0)
     c, m = 24, 96
     shapes = ((2, c, 9, 11), (c, 1, 7, 7), (c, ), (c, ), (c, ), (m, c), (m, ),
               (c, m), (c, ), (c, ))
-    values = [torch.randn(*s, generator=generator).to(device) for s in shapes]
+    # Whatever the user's default device and dtype are.
+    values = [
+        torch.randn(s, generator=generator, device='cpu',
+                    dtype=torch.float32).to(device) for s in shapes
+    ]
     values[0] = values[0].contiguous(memory_format=torch.channels_last)
     results = []
-    for function in (eager.block, operators.block):
-        inputs = [v.clone().requires_grad_() for v in values]
-        with torch.autocast(
-                torch.device(device).type,
-                dtype=torch.bfloat16,
-                enabled=dtype == torch.bfloat16):
-            out = function(*inputs)
-        grads = torch.autograd.grad(out.float().square().mean(), inputs)
-        results.append((out, *grads))
+    launch.fixed_choice = 1  # of products a kernel, not PyTorch's
+    try:
+        for function in (eager.block, operators.block):
+            inputs = [v.clone().requires_grad_() for v in values]
+            with torch.autocast(
+                    torch.device(device).type,
+                    dtype=torch.bfloat16,
+                    enabled=dtype == torch.bfloat16):
+                out = function(*inputs)
+            grads = torch.autograd.grad(out.float().square().mean(), inputs)
+            results.append((out, *grads))
+    finally:
+        launch.fixed_choice = None
     # TF32, if the user has it on, is as coarse as bf16's products.
     limit = 0.1 if dtype == torch.bfloat16 else 0.02
     for plain, fused in zip(*results):

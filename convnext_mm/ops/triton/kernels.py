@@ -96,7 +96,9 @@ def depthwise_kernel(x_ptr, weight_ptr, bias_ptr, residual_ptr, norm_weight_ptr,
     channel_ok = channel < channels
 
     accumulators = (tl.zeros((TILE_W, BLOCK_C), tl.float32), ) * TILE_H
-    for j in tl.static_range(KERNEL):
+    # Not unrolled: that compiles ten times as long, into code too large for
+    # the instruction caches.
+    for j in range(KERNEL):
         weights = ()
         for i in tl.static_range(KERNEL):
             tap = (i * KERNEL + j if not FLIP else
@@ -333,12 +335,12 @@ def gelu_sums_kernel(x_ptr, grad_ptr, out_ptr, grad_out_ptr, pixels, hidden,
     column_ok = column < hidden
     total = tl.zeros((BLOCK_R, BLOCK_M), tl.float32)
     grad_total = tl.zeros((BLOCK_R, BLOCK_M), tl.float32)
-    base = sample * pixels * hidden
+    tile_row = tl.arange(0, BLOCK_R)
+    offset = tile_row[:, None] * hidden + column[None, :]
     step = tl.num_programs(0) * BLOCK_R
     for start in range(tl.program_id(0) * BLOCK_R, pixels, step):
-        pixel = start + tl.arange(0, BLOCK_R)
-        offset = pixel[:, None] * hidden + column[None, :]
-        ok = (pixel < pixels)[:, None] & column_ok[None, :]
+        base = (sample * pixels + start) * hidden
+        ok = (start + tile_row < pixels)[:, None] & column_ok[None, :]
         h = _gelu(tl.load(x_ptr + base + offset, ok, other=0.).to(tl.float32))
         if grad_ptr is not None:
             grad = tl.load(
@@ -380,12 +382,12 @@ def gelu_backward_kernel(grad_ptr, x_ptr, scale_ptr, along_ptr, beta_ptr,
             along_ptr + sample * hidden + column, column_ok, other=0.)
         beta = tl.load(beta_ptr + column, column_ok, other=0.).to(tl.float32)
     total = tl.zeros((BLOCK_R, BLOCK_M), tl.float32)
-    base = sample * pixels * hidden
+    tile_row = tl.arange(0, BLOCK_R)
+    offset = tile_row[:, None] * hidden + column[None, :]
     step = tl.num_programs(0) * BLOCK_R
     for start in range(tl.program_id(0) * BLOCK_R, pixels, step):
-        pixel = start + tl.arange(0, BLOCK_R)
-        offset = pixel[:, None] * hidden + column[None, :]
-        ok = (pixel < pixels)[:, None] & column_ok[None, :]
+        base = (sample * pixels + start) * hidden
+        ok = (start + tile_row < pixels)[:, None] & column_ok[None, :]
         grad = tl.load(grad_ptr + base + offset, ok, other=0.).to(tl.float32)
         h, slope = _gelu_and_slope(
             tl.load(x_ptr + base + offset, ok, other=0.).to(tl.float32))

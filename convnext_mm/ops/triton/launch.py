@@ -16,6 +16,8 @@ INTERPRETED = triton.knobs.runtime.interpret
 # Accumulators of a thread, with LayerNorm to follow and without: more spill.
 NORM_VALUES, PLAIN_VALUES = 16, 32
 _fastest: Dict[tuple, object] = {}
+# Checks set it: the number of the candidate to take, nothing is measured.
+fixed_choice: Optional[int] = None
 
 
 class Tile(NamedTuple):
@@ -49,34 +51,45 @@ PRODUCT_TILES = {
 }
 
 
-def fastest(key: tuple, candidates: Sequence, run: Callable) -> object:
+def fastest(key: tuple, rows: int, candidates: Sequence,
+            run: Callable) -> object:
     """The candidate that ``run(candidate)`` takes the least time with,
     measured when a key is first met, remembered for the process.
 
-    Keys hold channels and dtypes but no map size: multi-scale training, where
-    every step has another, measures once. PyTorch's deterministic mode takes
-    the first candidate: two runs must not differ in what happened to be faster.
-    (``triton.autotune`` compares settings of one kernel; here PyTorch's matrix
-    product is a candidate too.)
+    Keys hold channels and dtypes; of the size of the map only its order of
+    magnitude, so that a first, tiny one does not decide for all, and
+    multi-scale training, where every step has another size, measures once or
+    twice. PyTorch's deterministic mode takes the first candidate: two runs must
+    not differ in what happened to be faster. (``triton.autotune`` compares
+    settings of one kernel; here PyTorch's product is a candidate too.)
+
+    Args:
+        rows: Pixels of all samples.
     """
+    if fixed_choice is not None:
+        return candidates[fixed_choice % len(candidates)]
     if (len(candidates) == 1 or INTERPRETED
-            or torch.are_deterministic_algorithms_enabled()
-            or torch.cuda.is_current_stream_capturing()):
+            or torch.are_deterministic_algorithms_enabled()):
         return candidates[0]
-    key = (torch.cuda.current_device(), *key)
+    key = (torch.cuda.current_device(), rows.bit_length() // 3, *key)
     if key not in _fastest:
+        if torch.cuda.is_current_stream_capturing():  # nothing can be timed
+            return candidates[0]
         times = [_time(run, candidate) for candidate in candidates]
+        if min(times) == float('inf'):  # no memory now, maybe later
+            return candidates[0]
         _fastest[key] = candidates[times.index(min(times))]
     return _fastest[key]
 
 
 def _time(run: Callable, candidate: object) -> float:
-    """Median milliseconds; infinity where the device has too little shared
-    memory for it."""
+    """Median milliseconds; infinity where memory does not suffice for it or
+    for measuring."""
     try:
         return triton.testing.do_bench(
             lambda: run(candidate), warmup=2, rep=10, return_mode='median')
-    except triton.runtime.errors.OutOfResources:
+    except (triton.runtime.errors.OutOfResources,
+            torch.cuda.OutOfMemoryError):
         return float('inf')
 
 
@@ -148,7 +161,8 @@ def depthwise(x: Tensor,
 
     key = ('depthwise', channels, size, dilation, x.dtype, out_dtype,
            norm is None, residual is None, keep_maps)
-    run(fastest(key, depthwise_tiles(channels, norm is not None), run))
+    tiles = depthwise_tiles(channels, norm is not None)
+    run(fastest(key, n * height * width, tiles, run))
     return out, normed
 
 
@@ -344,7 +358,7 @@ def _product(x: Tensor, weight: Tensor, bias: Optional[Tensor], epilogue: str,
     if x.dtype != torch.float32 and x.numel():
         candidates += PRODUCT_TILES[epilogue]
     key = (epilogue, inner, columns, x.dtype, bool(arguments.get('second')))
-    return run(fastest(key, candidates, run))
+    return run(fastest(key, rows, candidates, run))
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor,

@@ -34,9 +34,10 @@ def _forward(x: Tensor, dwconv_weight: Tensor, dwconv_bias: Tensor,
              drop_scale: Optional[Tensor], eps: float, dilation: int,
              dtype: torch.dtype, keep: int) -> Tuple[Optional[Tensor], ...]:
     """As :func:`..fused.define_block` asks for it."""
-    cast = x.to(dtype)
+    x_map = _map(x)
+    cast = x_map.to(dtype)
     maps, normed = launch.depthwise(
-        _map(cast), dwconv_weight, dwconv_bias, dilation,
+        cast, dwconv_weight, dwconv_bias, dilation,
         norm=(norm_weight, norm_bias, eps), keep_maps=keep != KEEP_NOTHING)
     normed = normed.flatten(1, 2)
     w1, b1, w2, b2 = (
@@ -49,20 +50,36 @@ def _forward(x: Tensor, dwconv_weight: Tensor, dwconv_bias: Tensor,
         scale, _ = grn_factors(_norm(hidden), grn_gamma)
         h = launch.gelu_scaled(hidden, scale)
         b2 = bias_with_beta(b2, w2, grn_beta)
+    del normed
     out = launch.linear_residual(
-        h, w2, b2, rows(x).contiguous(), residual_scale(gamma, drop_scale),
+        h, w2, b2, x_map.flatten(1, 2), residual_scale(gamma, drop_scale),
         out_dtype(x, gamma, dtype))
     n, channels, height, width = x.shape
     out = out.view(n, height, width, channels).permute(0, 3, 1, 2)
     out = out.contiguous(memory_format=memory_format(x))
     if keep == KEEP_NOTHING:
         return out, None, None, None
+    # Of the input itself nothing new is kept.
+    cast = None if dtype == x.dtype else cast.permute(0, 3, 1, 2)
     return out, cast, maps.permute(0, 3, 1, 2), hidden
 
 
 def _norm(hidden: Tensor) -> Tensor:
     """Of GELU's output over the map: (N, P, M) to (N, 1, M), fp32."""
     return launch.gelu_sums(hidden, None)[0].sqrt()
+
+
+def _sum_product(a: Tensor, b: Tensor) -> Tensor:
+    """``sum over pixels of a^T b``, (N, P, A) and (N, P, B) to (A, B), fp32.
+
+    Where PyTorch can leave it in fp32 it is never rounded to 16 bit, which for
+    the sums of a large map would overflow in fp16.
+    """
+    a, b = a.flatten(0, 1).t(), b.flatten(0, 1)
+    if (a.is_cuda and a.dtype != torch.float32
+            and 'dtype' in torch.ops.aten.mm.overloads()):
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return torch.mm(a, b).float()
 
 
 def _backward(grad_out: Tensor, x: Optional[Tensor], maps: Tensor,
@@ -107,9 +124,10 @@ def _backward(grad_out: Tensor, x: Optional[Tensor], maps: Tensor,
         grads[11] = d_beta.sum((0, 1))
         d_hidden, h, grads[6] = launch.gelu_backward(
             d_z, hidden, need_w2, (scale, d_norm, grn_beta))
+        del d_z
     del dy
     if need_w2:
-        g = torch.mm(dy_g.flatten(0, 1).t(), h.flatten(0, 1)).float()
+        g = _sum_product(dy_g, h)
         g_sum = dy_g.sum((0, 1), dtype=torch.float32)
         if unscale is not None:
             g, g_sum = g.mul_(unscale[0]), g_sum.mul_(unscale[0, 0])
@@ -123,8 +141,7 @@ def _backward(grad_out: Tensor, x: Optional[Tensor], maps: Tensor,
     d_maps, grads[3], grads[4] = launch.layer_norm_backward(
         d_normed, rows(maps).contiguous(), norm_weight, norm_bias, eps, normed)
     if need_w1:
-        grads[5] = torch.mm(
-            d_hidden.flatten(0, 1).t(), normed.flatten(0, 1))
+        grads[5] = _sum_product(d_hidden, normed)
     del d_hidden, d_normed, normed
 
     d_maps = d_maps.view(grad_map.shape)
