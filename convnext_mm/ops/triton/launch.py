@@ -188,11 +188,14 @@ def depthwise_weight_grad(x: Tensor, grad: Tensor, size: int,
     return weight_grad, bias_parts.sum(0)
 
 
-def _norm_tile(channels: int) -> Dict[str, int]:
+def _norm_tile(channels: int, values: int) -> Dict[str, int]:
+    """``values`` of a tile for each thread."""
     block_c = triton.next_power_of_2(channels)
     rows = min(32, max(1, 4096 // block_c))
     return dict(
-        BLOCK_R=rows, BLOCK_C=block_c, num_warps=4 if block_c <= 1024 else 8)
+        BLOCK_R=rows,
+        BLOCK_C=block_c,
+        num_warps=max(4, rows * block_c // (32 * values)))
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float,
@@ -201,7 +204,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float,
     ``out_last``, (N, C, P)."""
     n, pixels, channels = x.shape
     if x.numel():
-        tile = _norm_tile(channels)
+        tile = _norm_tile(channels, 32)
         grid = triton.cdiv(pixels, tile['BLOCK_R']), n
         kernels.layer_norm_kernel[grid](x, weight, bias, out, pixels, channels,
                                         eps, out_last, **tile)
@@ -231,7 +234,8 @@ def layer_norm_backward(
     if not x.numel():
         zeros = x.new_zeros(channels, dtype=torch.float32)
         return out, zeros, zeros.clone()
-    tile = _norm_tile(channels)
+    # Without the limit ptxas aims at 128 registers for wide rows, and spills.
+    tile = dict(_norm_tile(channels, 16), maxnreg=240)
     programs = min(n * triton.cdiv(pixels, tile['BLOCK_R']),
                    programs_at_once())
     parts = x.new_empty(2, programs, channels, dtype=torch.float32)
