@@ -1,6 +1,8 @@
 PYTHON ?= python3
 RUN := .venv/bin/python
 TESTS ?= tests
+# Of the tests. Each computes in one thread.
+JOBS ?= 2
 
 .PHONY: help setup demo demo-seg test lint clean
 
@@ -24,7 +26,7 @@ demo-seg: setup
 	    --work-dir work_dirs/demo-seg --require mIoU=0.80
 
 test: setup
-	@$(RUN) -m pytest $(TESTS)
+	@OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS) --dist loadfile --durations 20 $(TESTS)
 
 lint: setup
 	@$(RUN) -m flake8 convnext_mm configs tools tests

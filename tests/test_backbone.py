@@ -269,7 +269,7 @@ def test_deepcopy_and_pickle():
 
 
 def test_layout_is_channels_last_throughout():
-    model = ConvNeXt(SMALL).eval()
+    model = ConvNeXt(SMALL, out_layout='channels_last').eval()
     maps = []
     for module in model.modules():
         if isinstance(module, (LayerNorm2d, Block, Downsample)):

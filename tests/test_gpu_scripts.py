@@ -149,8 +149,8 @@ def test_smoke_run_of_the_proof(tmp_path):
     result = bash('tools/gpu_proof.sh', out, '--smoke', '--wheels', '')
     assert result.returncode == 0, result.stdout
     summary = json.loads((out / 'summary.json').read_text())
-    parts = ['backbone_atto', 'backbone_atto_crop', 'backbone_atto_compiled',
-             'detector', 'segmentor']
+    parts = ['backbone_atto', 'backbone_atto_crop', 'detector', 'segmentor',
+             'backbone_atto_compiled']
     assert [*summary] == ['environment', 'kernels', *parts, 'plot']
     assert all(part['exit_code'] == 0 for part in summary.values())
     rows = {part: json.loads((out / f'{part}.json').read_text())['rows']
