@@ -1,5 +1,6 @@
 """The benchmark runs, checks what it compares, and its results can be drawn."""
 import json
+import re
 from pathlib import Path
 
 import benchmark
@@ -369,8 +370,8 @@ def test_tables_that_are_not(tmp_path, monkeypatch, capsys):
     (tmp_path / 'docs').mkdir()
     for page in make_benchmark_tables.TABLES:
         text = (ROOT / page).read_text()
-        (tmp_path / page).write_text(text.replace('| fp32 | 50% |',
-                                                  '| fp32 | 10% |'))
+        (tmp_path / page).write_text(
+            re.sub(r'\| fp32 \| \d+% \|', '| fp32 | 1% |', text, count=1))
     monkeypatch.setattr(make_benchmark_tables, 'ROOT', tmp_path)
     assert make_benchmark_tables.main(['--check']) == 1
     assert 'README.md is not current' in capsys.readouterr().out
