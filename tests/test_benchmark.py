@@ -340,10 +340,11 @@ def test_bad_arguments(tmp_path, capsys):
         plot_benchmark.main([str(other), '--out', str(tmp_path / 'x.png')])
 
 
-def test_mixed_precision_of_a_whole_model_needs_a_gpu(capsys):
+def test_fp16_of_a_whole_model_needs_a_gpu(capsys):
     pytest.importorskip('mmseg')
-    assert "refuses CPUs" in refusal(
-        capsys, '--arch', 'atto', '--mode', 'segmentor', '--dtype', 'amp')
+    assert 'a CPU takes amp (bf16) and fp32' in refusal(
+        capsys, '--arch', 'atto', '--mode', 'segmentor', '--dtype',
+        'amp-fp16')
 
 
 def test_plot_of_memory_and_batches(tmp_path):

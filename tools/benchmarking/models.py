@@ -110,7 +110,7 @@ def read_config(task: str, arch: str, size: Tuple[int, int], dtype: str,
         dtype: ``'fp32'``, ``'amp'`` (bf16 autocast) or ``'amp-fp16'``.
 
     Raises:
-        ValueError: The device has no mixed precision.
+        ValueError: fp16 on a CPU.
     """
     cfg = Config.fromfile(ROOT / CONFIGS[task])
     init_default_scope(cfg.default_scope)
@@ -125,10 +125,9 @@ def read_config(task: str, arch: str, size: Tuple[int, int], dtype: str,
         optim_wrapper.type = 'OptimWrapper'
         for key in ('dtype', 'loss_scale'):
             optim_wrapper.pop(key, None)
-    elif device == 'cpu':
-        raise ValueError(
-            f'--dtype {dtype} of a whole model needs --device cuda: '
-            "MMEngine's mixed precision refuses CPUs; on one use --dtype fp32")
+    elif device == 'cpu' and dtype == 'amp-fp16':
+        raise ValueError('--dtype amp-fp16 of a whole model needs --device '
+                         'cuda; a CPU takes amp (bf16) and fp32')
     else:
         optim_wrapper.update(
             type='convnext_mm.AmpOptimWrapper', dtype=AMP_DTYPES[dtype])
