@@ -3,11 +3,19 @@ import os
 from pathlib import Path
 
 import pytest
-import torch
 
-if not torch.cuda.is_available():
-    # Triton reads it when it is first imported: kernels run on the CPU.
-    os.environ.setdefault('TRITON_INTERPRET', '1')
+# This process's kernels run in Triton's interpreter, on CPU tensors, with a GPU
+# or without. Triton's own functions ask the environment when it is imported;
+# programs that tests start must not find it there.
+os.environ['TRITON_INTERPRET'] = '1'
+try:
+    import triton
+    import triton.language  # noqa: F401
+except ImportError:  # not every PyTorch has it
+    pass
+else:
+    triton.knobs.runtime.interpret = True
+del os.environ['TRITON_INTERPRET']
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -1,6 +1,5 @@
-"""The Triton kernels against plain PyTorch: in Triton's interpreter where there
-is no GPU, which is slow, so shapes are small. ``tools/check_kernels.py`` runs
-real ones on a GPU."""
+"""The Triton kernels against plain PyTorch in Triton's interpreter, which is
+slow, so shapes are small; and compiled, on a GPU where there is one."""
 import functools
 import json
 import os
@@ -22,8 +21,6 @@ from convnext_mm.ops import eager, fused
 from convnext_mm.ops import triton as triton_ops
 
 pytest.importorskip('triton')
-if torch.cuda.is_available():  # compiled kernels take no CPU tensors
-    pytest.skip('runs where there is no GPU', allow_module_level=True)
 from convnext_mm.ops.triton import launch  # noqa: E402
 from convnext_mm.ops.triton import operators as kernels  # noqa: E402
 
@@ -435,15 +432,12 @@ def test_self_check_inside_a_checkpoint():
 
 
 def check_kernels(tmp_path, *options):
-    environment = {k: v for k, v in os.environ.items()
-                   if k != 'TRITON_INTERPRET'}
     run = subprocess.run(
         [sys.executable, 'tools/check_kernels.py',
          str(tmp_path), *options],
         capture_output=True,
         text=True,
-        cwd=os.path.dirname(os.path.dirname(__file__)),
-        env=environment)
+        cwd=os.path.dirname(os.path.dirname(__file__)))
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
     path, = tmp_path.glob('kernels*.json')
     return json.loads(path.read_text())['records']
@@ -462,4 +456,14 @@ def test_command_in_the_interpreter(tmp_path):
     records = check_kernels(tmp_path, '--smoke')
     assert {r['check'].split()[0] for r in records} == {
         'block', 'downsample', 'norm'}
+    assert all(r['ok'] for r in records)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    not torch.cuda.is_available(), reason='needs an NVIDIA GPU')
+def test_on_a_gpu(tmp_path):
+    """Every kernel as the GPU runs it, real shapes, every candidate."""
+    records = check_kernels(tmp_path)
+    assert {r['dtype'] for r in records} == {'float32', 'bfloat16', 'float16'}
     assert all(r['ok'] for r in records)

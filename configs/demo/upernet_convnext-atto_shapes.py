@@ -3,7 +3,7 @@
 _base_ = [
     '../_base_/models/upernet_convnext-atto_narrow.py',
     '../_base_/datasets/shapes_semantic.py',
-    '../_base_/seg_runtime.py'
+    '../_base_/schedules/adamw_scratch.py', '../_base_/seg_runtime.py'
 ]
 
 model = dict(
@@ -12,24 +12,7 @@ model = dict(
     decode_head=dict(num_classes=6), auxiliary_head=dict(num_classes=6))
 
 max_iters = 1600
-train_cfg = dict(
-    type='IterBasedTrainLoop', max_iters=max_iters, val_interval=400)
-val_cfg = dict(type='ValLoop')
-test_cfg = dict(type='TestLoop')
-
-# From scratch there is nothing to preserve, so no layer decay: rate 1.
-optim_wrapper = dict(
-    type='OptimWrapper',
-    constructor='convnext_mm.LayerDecayOptimWrapperConstructor',
-    # fused: the same update in one pass over the weights.
-    optimizer=dict(
-        type='AdamW',
-        lr=1e-3,
-        betas=(0.9, 0.999),
-        weight_decay=0.05,
-        fused=True),
-    paramwise_cfg=dict(decay_rate=1.0),
-    clip_grad=dict(max_norm=10))
+train_cfg = dict(max_iters=max_iters, val_interval=400)
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=100),
     dict(
@@ -39,6 +22,5 @@ param_scheduler = [
         end=max_iters,
         eta_min=1e-5)
 ]
-randomness = dict(seed=0)
 default_hooks = dict(
     checkpoint=dict(interval=400, max_keep_ckpts=1))
