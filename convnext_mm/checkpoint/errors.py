@@ -24,3 +24,12 @@ class CheckpointMismatchError(CheckpointError):
 
 class CheckpointDownloadError(CheckpointError):
     """A remote checkpoint could not be fetched."""
+
+
+def shown(text: object, limit: int = 200) -> str:
+    """A name or path from outside, as a message may hold it: what could move a
+    terminal's cursor or forge a line is escaped, the rest cut at ``limit``."""
+    text = ''.join(
+        c if c.isprintable() else c.encode('unicode_escape').decode('ascii')
+        for c in str(text)[:limit + 1])
+    return text if len(text) <= limit else f'{text[:limit]}...'
