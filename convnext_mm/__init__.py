@@ -12,6 +12,7 @@ from .amp import AmpOptimWrapper
 from .backbone import ConvNeXt
 from .checkpoint import (CheckpointError, convert_state_dict,
                          load_checkpoint)
+from .checkpoint.gate import install as _install_gate
 from .classifier_init import ReleasedClassifierInit
 from .layer_decay import LayerDecayOptimWrapperConstructor
 from .version import __version__
@@ -21,3 +22,5 @@ __all__ = [
     'LayerDecayOptimWrapperConstructor', 'ReleasedClassifierInit',
     '__version__', 'convert_state_dict', 'load_checkpoint'
 ]
+
+_install_gate()

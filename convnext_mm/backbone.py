@@ -1,7 +1,7 @@
 """ConvNeXt V1 and V2 as a multi-scale backbone."""
 import math
 from numbers import Integral, Real
-from typing import Dict, Optional, Sequence, Tuple, Union
+from typing import Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .archs import ARCHS, Arch
 from .block import IMPL_NAMES, Block, Downsample, LayerNorm2d
-from .checkpoint.load import convert_in_place, use_safe_loader
+from .checkpoint.load import AnyFamily
 from .layer_id import default_num_layers, get_layer_id
 from .registry import MODELS, register
 
@@ -37,7 +37,7 @@ class PaddedConv2d(nn.Conv2d):
 
 
 @register(MODELS)
-class ConvNeXt(BaseModule):
+class ConvNeXt(AnyFamily, BaseModule):
     """ConvNeXt (arXiv 2201.03545) and, with ``use_grn``, ConvNeXt V2
     (arXiv 2301.00808) as a backbone for detection and segmentation.
 
@@ -247,23 +247,6 @@ class ConvNeXt(BaseModule):
                     out.flatten(1) if self.gap_before_final_norm else out.
                     contiguous(memory_format=OUT_LAYOUTS[self.out_layout]))
         return tuple(outs)
-
-    def init_weights(self) -> None:
-        """Initialises weights as ``init_cfg`` says; a pretrained checkpoint
-        loads completely, or not at all and with a ``CheckpointError``."""
-        init_cfg = self.init_cfg
-        try:
-            # MMEngine's own loader runs pickles and forgives missing keys.
-            self.init_cfg = use_safe_loader(init_cfg)
-            super().init_weights()
-        finally:
-            self.init_cfg = init_cfg
-
-    def _load_from_state_dict(self, state_dict: Dict[str, Tensor], prefix: str,
-                              *args) -> None:
-        # Reached from every way to load a whole model that holds a backbone.
-        convert_in_place(self, state_dict, prefix)
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def switch_to_deploy(self) -> 'ConvNeXt':
         """Freezes the weights for inference and makes it faster.

@@ -16,7 +16,7 @@ from mmengine.registry import RUNNERS
 
 from .checkpoint import CheckpointError
 from .data_check import DataError, leaf_configs
-from .runner import Runner, use_safe_loading
+from .runner import Runner
 
 GPUS = ('cuda', 'npu', 'mlu', 'musa')
 AMP_DEVICES = {  # what the wrappers of mixed precision do not refuse
@@ -262,7 +262,6 @@ def build_runner(cfg: Config) -> Runner:
     if cfg.launcher == 'pytorch' and get_device() == 'cpu':
         # MMEngine's start of a process group selects a CUDA device.
         torch.distributed.init_process_group('gloo')
-    use_safe_loading()
     if 'runner_type' in cfg:
         return RUNNERS.build(cfg)
     return Runner.from_cfg(cfg)

@@ -1,76 +1,23 @@
 """A runner whose checkpoints are read safely and fit their model, and whose
 data is checked as it is built."""
-from typing import Any, Dict
 
-from mmengine.model import is_model_wrapper
+import re
+from pathlib import Path
+
+from mmengine.hooks import CheckpointHook
 from mmengine.runner import Runner as MMEngineRunner
-from mmengine.runner.checkpoint import (CheckpointLoader,
-                                        get_external_models,
-                                        get_torchvision_models)
-from torch import nn
 from torch.utils.data import DataLoader
 
-from .backbone import ConvNeXt
-from .checkpoint import (CheckpointDownloadError, CheckpointMismatchError,
-                         read_checkpoint)
-from .checkpoint.families import recognise
-from .checkpoint.remote import fetch
+from .checkpoint import CheckpointError, CheckpointFileError
+from .checkpoint.errors import shown
 from .data_check import check_dataset, explain_failure, leaf_configs
-
-# MMEngine's names for addresses.
-NAMED_ADDRESSES = {
-    'torchvision': get_torchvision_models,
-    'modelzoo': get_torchvision_models,
-    'open-mmlab': get_external_models,
-    'openmmlab': get_external_models,
-}
-
-
-def load_from_safe_reader(filename: str,
-                          map_location: Any = None) -> Dict[str, Any]:
-    """A loader for MMEngine's ``CheckpointLoader`` that executes nothing.
-
-    Args:
-        filename: A path, ``https://``, ``hf://``, ``timm://`` address, or one
-            of MMEngine's ``torchvision://`` and ``open-mmlab://`` names.
-        map_location: Not used: tensors come on the CPU, and models and
-            optimizers take them to their own device.
-
-    Raises:
-        CheckpointError: It cannot be fetched or read, or is not safe.
-    """
-    scheme, _, name = filename.partition('://')
-    if scheme in NAMED_ADDRESSES:
-        addresses = NAMED_ADDRESSES[scheme]()
-        if name not in addresses:
-            raise CheckpointDownloadError(
-                f'{filename}: MMEngine knows no such name')
-        filename = addresses[name]
-    # Not mapped: training may overwrite the file that it came from.
-    return read_checkpoint(fetch(filename), mmap=False)
-
-
-def use_safe_loading() -> None:
-    """Makes MMEngine read every checkpoint of this process with
-    :func:`load_from_safe_reader`: ``load_from``, ``resume`` and the
-    ``Pretrained`` initializers of other modules."""
-    schemes = {*CheckpointLoader._schemes, 'hf://', 'timm://'}
-    CheckpointLoader.register_scheme(
-        sorted(schemes), load_from_safe_reader, force=True)
 
 
 class Runner(MMEngineRunner):
-    """MMEngine's runner; a checkpoint that could run code or lacks the weights
-    of a ConvNeXt backbone stops it, and so does bad data.
-
-    MMEngine reads a pickle without protection where the protected way fails.
-    Everything that it stores resumes: weights, optimizer, schedulers, message
-    hub.
+    """MMEngine's runner; bad data and a checkpoint that does not fit stop it
+    with a sentence. Everything that it stores resumes: weights, optimizer,
+    schedulers, message hub.
     """
-
-    def __init__(self, *args, **kwargs) -> None:
-        use_safe_loading()
-        super().__init__(*args, **kwargs)
 
     def build_dataloader(self, dataloader, *args, **kwargs) -> DataLoader:
         """As MMEngine's, with the data set checked.
@@ -88,38 +35,48 @@ class Runner(MMEngineRunner):
         check_dataset(loader.dataset, self.model)
         return loader
 
-    def load_checkpoint(self, filename: str, *args, **kwargs) -> dict:
-        """As MMEngine's; backbones may have the names of any family.
+    def load_or_resume(self) -> None:
+        """As MMEngine's.
 
         Raises:
-            CheckpointError: It cannot be read, is not safe, or has not all
-                weights of a ConvNeXt backbone.
+            CheckpointError: The checkpoint cannot be read, is not safe, has not
+                all weights of a ConvNeXt backbone, or, to resume, no state of a
+                training run like this one.
         """
-        checkpoint = super().load_checkpoint(filename, *args, **kwargs)
-        model = (
-            self.model.module if is_model_wrapper(self.model) else self.model)
-        _check_backbones(model, checkpoint, filename)
-        return checkpoint
+        try:
+            super().load_or_resume()
+        except CheckpointError:
+            raise
+        # MMEngine looks things up as it goes, in what may hold anything.
+        except Exception as error:
+            what = shown(self._load_from or self.work_dir)
+            if self._resume and isinstance(error, KeyError):
+                raise CheckpointFileError(
+                    f'{what}: to resume it needs the state of a training run, '
+                    f'and has no {shown(error)}: to start from its weights, '
+                    'set load_from and leave out --resume') from error
+            raise CheckpointFileError(
+                f'{what}: does not fit {type(self.model).__name__} '
+                f'({type(error).__name__}: {shown(error)})') from error
 
-
-def _check_backbones(model: nn.Module, checkpoint: dict,
-                     filename: str) -> None:
-    """Names with no weights of a backbone are no error to MMEngine: it would
-    train from noise. Incomplete ones the backbone itself refuses."""
-    keys = checkpoint.get('state_dict', checkpoint)
-    keys = [key for key in keys if isinstance(key, str)]
-    for name, module in model.named_modules():
-        if not isinstance(module, ConvNeXt) or module.allow_partial:
-            continue
-        prefix = f'{name}.' if name else ''
-        if any(key.startswith((prefix, f'module.{prefix}')) for key in keys):
-            continue
-        found = recognise(keys)
-        advice = (
-            'its ConvNeXt lies behind '
-            f'{found[0].prefix!r}: to start from a backbone, leave load_from '
-            "out and set init_cfg=dict(type='Pretrained', checkpoint=...) on "
-            'the backbone' if found else 'it has no ConvNeXt weights')
-        raise CheckpointMismatchError(
-            f'{filename}: load_from and resume take a whole '
-            f'{type(model).__name__} with weights behind {prefix!r}; {advice}')
+    def resume(self, *args, **kwargs) -> None:
+        """As MMEngine's; which best checkpoint the next better one replaces is
+        found in the work folder: paths in a checkpoint are not followed."""
+        super().resume(*args, **kwargs)
+        for hook in self.hooks:
+            if not isinstance(hook, CheckpointHook) or not hook.save_best:
+                continue
+            last = self.epoch if hook.by_epoch else self.iter
+            for key in hook.key_indicators:
+                name = '*' if key == 'auto' else key.replace('/', '_')
+                found = [
+                    path for path in Path(self.work_dir).glob(
+                        f'best_{name}_*.pth')
+                    if int(re.search(r'(\d*)\.pth$', path.name)[1] or
+                           last + 1) <= last
+                ]
+                if found:
+                    several = len(hook.key_indicators) > 1
+                    self.message_hub.update_info(
+                        f'best_ckpt_{key}' if several else 'best_ckpt',
+                        str(max(found, key=lambda path: path.stat().st_mtime)))

@@ -1,8 +1,8 @@
 """Evaluates a checkpoint of a detector or segmentor on its test set."""
 import argparse
-import os.path as osp
 
 from convnext_mm import ConvNeXt
+from convnext_mm.checkpoint import check_source
 from convnext_mm.launch import (add_common_arguments, build_runner, check_data,
                                 fit_to_device, load_config, short_errors)
 
@@ -38,8 +38,7 @@ def prepare(args: argparse.Namespace):
     Raises:
         ValueError: A path or setting is wrong; says which and what to do.
     """
-    if '://' not in args.checkpoint and not osp.isfile(args.checkpoint):
-        raise ValueError(f'checkpoint {args.checkpoint!r} does not exist')
+    check_source(args.checkpoint)
     if args.out and not args.out.endswith(('.pkl', '.pickle')):
         raise ValueError(f'--out must end in .pkl or .pickle, got {args.out}')
     cfg = load_config(args)

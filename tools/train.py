@@ -2,9 +2,9 @@
 the config's default_scope says. On a machine without a GPU it uses the CPU."""
 import argparse
 import contextlib
-import os.path as osp
 import sys
 
+from convnext_mm.checkpoint import check_source
 from convnext_mm.launch import (add_common_arguments, build_runner, check_data,
                                 fit_to_device, load_config, short_errors)
 from convnext_mm.profile_hook import ProfileFinished
@@ -61,10 +61,8 @@ def prepare(args: argparse.Namespace):
     if args.resume is not None:
         cfg.resume = True
         cfg.load_from = None if args.resume == 'auto' else args.resume
-        if cfg.load_from and not ('://' in cfg.load_from
-                                  or osp.isfile(cfg.load_from)):
-            raise ValueError(f'--resume: checkpoint {cfg.load_from!r} does '
-                             'not exist')
+        if cfg.load_from:
+            check_source(cfg.load_from)
     if args.profile is not None:
         if args.profile < 1:
             raise ValueError('--profile takes a number of steps from 1 on, '

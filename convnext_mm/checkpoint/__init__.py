@@ -2,12 +2,13 @@
 from .errors import (CheckpointDownloadError, CheckpointError,
                      CheckpointFileError, CheckpointMismatchError,
                      UnknownCheckpointError, UnsafeCheckpointError)
-from .load import convert_state_dict, load_checkpoint
+from .load import check_source, convert_state_dict, load_checkpoint
 from .reader import read_checkpoint
 
 __all__ = [
     'CheckpointDownloadError', 'CheckpointError', 'CheckpointFileError',
     'CheckpointMismatchError', 'UnknownCheckpointError',
-    'UnsafeCheckpointError', 'convert_state_dict', 'load_checkpoint',
+    'UnsafeCheckpointError', 'check_source', 'convert_state_dict',
+    'load_checkpoint',
     'read_checkpoint'
 ]

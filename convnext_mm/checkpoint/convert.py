@@ -3,19 +3,27 @@ import math
 import re
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import (Any, Dict, Iterable, List, Mapping, NamedTuple, Optional,
-                    Tuple)
+from typing import (Any, Collection, Dict, Iterable, List, Mapping,
+                    NamedTuple, Optional, Tuple)
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from ..archs import ARCHS
-from .errors import CheckpointMismatchError, UnknownCheckpointError
-from .families import (FINAL_NORM, NUM_STAGES, Family, choose, label_leftover,
-                       norm_names, recognise)
+from .errors import (CheckpointFileError, CheckpointMismatchError,
+                     UnknownCheckpointError, shown)
+from .families import (FINAL_NORM, NUM_STAGES, Family, Recognised, choose,
+                       label_leftover, norm_names, quoted, recognise)
 
 Shape = Tuple[int, ...]
-MAX_DEPTH = 6  # of dictionaries in dictionaries
+MAX_DEPTH = 32  # of dictionaries in dictionaries
+MAX_NAME = 1000  # characters of a parameter's name; real ones have up to 150
+# Two numbers in an element: not numbers that a parameter can take.
+PACKED = (getattr(torch, 'float4_e2m1fn_x2', None), )
+# Elements that tensors may declare beyond what their storages hold: what is
+# done here takes time for what a file really has, whatever it declares.
+MAX_EXPANDED = 2**24
 
 
 class Spec(NamedTuple):
@@ -61,6 +69,7 @@ class Report:
         used: Our name to the checkpoint's, of every converted tensor.
         leftovers: Kind to keys of the checkpoint that are not the backbone's.
         not_finite: Keys that hold NaN or Inf.
+        obstacles: Sentences on what no backbone of ours has.
     """
     family: Family
     prefix: str
@@ -69,10 +78,11 @@ class Report:
     used: Dict[str, str] = field(default_factory=dict)
     leftovers: Dict[str, List[str]] = field(default_factory=dict)
     not_finite: List[str] = field(default_factory=list)
+    obstacles: List[str] = field(default_factory=list)
 
     def headline(self) -> str:
         """Family, network and where it lay, in one line."""
-        where = f', behind {self.prefix!r}' if self.prefix else ''
+        where = f', behind {quoted(self.prefix)}' if self.prefix else ''
         copy = ' (the averaged copy, EMA)' if self.averaged else ''
         return f'{self.spec}, family {self.family.name}{where}{copy}'
 
@@ -92,24 +102,37 @@ def convert(checkpoint: Mapping[str, Any],
             this, or with a wrapper and this.
 
     Returns:
-        The tensors by our names (a classifier's last norm as ``final_norm.*``),
-        and what was found. Tensors keep their dtype and, where only names
-        differ, their memory. Whether they are complete is not checked here.
+        The tensors by our names (a classifier's last norm as ``FINAL_NORM`` or
+        ``MAP_NORM``), and what was found. Tensors keep their dtype and, where
+        only names differ, their memory. Whether they are complete is not
+        checked here.
 
     Raises:
         UnknownCheckpointError: No ConvNeXt, or several.
-        CheckpointMismatchError: A parameter is not floating-point or has a
-            shape that no ConvNeXt gives it.
+        CheckpointFileError: A name cannot be printed, or is too long.
+        CheckpointMismatchError: A parameter is not floating-point, has a shape
+            that no ConvNeXt gives it, or declares far more than its memory.
     """
     tensors = _flatten(checkpoint)
     networks = recognise(tensors)
     found, averaged = choose(networks, prefix)
     copies = {
         network.prefix + name
-        for network in networks for name in network.names
+        for network in networks if network is not found
+        for name in network.names
     }
     report = Report(found.family, found.prefix, averaged)
     names = {**norm_names(found.family), **found.names}
+    if _has_overlapping_stem(tensors, found):
+        report.obstacles.append(
+            "its stem is an overlapping stem of two convolutions (timm's "
+            '*_ols), the one here is one convolution over patches: take a '
+            'checkpoint of a variant without _ols')
+        names = {
+            theirs: ours for theirs, ours in names.items()
+            if not ours.startswith('downsample_layers.0.')
+        }
+    roots = {name.split('.', 1)[0] for name in found.names}
     state = {}
     for key, tensor in tensors.items():
         inner = key[len(found.prefix):] if key.startswith(
@@ -117,15 +140,19 @@ def convert(checkpoint: Mapping[str, Any],
         name = names.get(inner)
         if name is None:
             label = ('another copy of the network' if key in copies else
-                     _label(key, inner, found.names))
+                     _label(key, inner, roots))
             report.leftovers.setdefault(label, []).append(key)
             continue
-        if name in state:  # two spellings of one parameter in a family
-            raise CheckpointMismatchError(
-                f'{report.used[name]} and {key} both are {name}')
         state[name] = _to_layout(name, inner, tensor, key)
         report.used[name] = key
+    _check_expanded(state.values())
     _set_apart_final_norm(state, report, tensors)
+    norms = {name for name in state if name.endswith('norm.weight')}
+    if norms and not any(name.endswith('norm.bias') for name in state):
+        report.obstacles.append(
+            "its norms have no biases: it is made with RMSNorm (timm's *_rms), "
+            'the norms here are LayerNorm: take a checkpoint of a variant '
+            'without _rms')
     report.not_finite = [
         report.used[name] for name, tensor in state.items()
         if not _is_finite(tensor)
@@ -137,10 +164,11 @@ def convert(checkpoint: Mapping[str, Any],
 def _flatten(checkpoint: Mapping[str, Any]) -> Dict[str, Tensor]:
     """Tensors of dictionaries in dictionaries, keys joined with dots."""
     tensors: Dict[str, Tensor] = {}
-    level = [('', checkpoint)]
+    level, depth = [('', checkpoint)], 0
     seen = set()
-    for _ in range(MAX_DEPTH):
+    while level:
         below = []
+        depth += 1
         for prefix, container in level:
             if id(container) in seen:
                 continue
@@ -148,26 +176,68 @@ def _flatten(checkpoint: Mapping[str, Any]) -> Dict[str, Tensor]:
             for key, value in container.items():
                 if not isinstance(key, str):
                     continue  # optimizer state
-                if isinstance(value, Tensor):
-                    if prefix + key in tensors:
+                # Cut first: many names may share one long string.
+                name = (prefix + key[:MAX_NAME])[:MAX_NAME]
+                if isinstance(value, Mapping):
+                    below.append((f'{name}.', value))
+                elif isinstance(value, Tensor) and not is_lazy(value):
+                    if depth > MAX_DEPTH:
+                        raise UnknownCheckpointError(
+                            'its tensors lie deeper than in '
+                            f'{MAX_DEPTH} dictionaries: pass the inner one')
+                    _check_name(name)
+                    if name in tensors:
                         raise CheckpointMismatchError(
-                            f'{prefix + key} is in it twice')
-                    tensors[prefix + key] = value
-                elif isinstance(value, Mapping):
-                    below.append((f'{prefix}{key}.', value))
+                            f'{shown(name)} is in it twice')
+                    tensors[name] = value
         level = below
     if not tensors:
         raise UnknownCheckpointError('it holds no tensors')
     return tensors
 
 
+def _check_name(name: str) -> None:
+    if len(name) >= MAX_NAME:
+        raise CheckpointFileError(
+            f'the name of a parameter has {MAX_NAME} characters or more: '
+            f'{shown(name)}')
+    if not name.isprintable():
+        raise CheckpointFileError(
+            'the name of a parameter has characters that cannot be printed: '
+            f'{shown(name)}')
+
+
+def _has_overlapping_stem(tensors: Mapping[str, Tensor],
+                          found: Recognised) -> bool:
+    """Whether a convolution follows the stem's first, in the place of the norm
+    or one after it (behind an activation)."""
+    first = found.prefix + found.family.stem[0]
+    return first.endswith('0') and any(
+        tensors[key].dim() == 4
+        for key in (f'{first[:-1]}{i}.weight' for i in (1, 2))
+        if key in tensors)
+
+
+def _check_expanded(tensors: Iterable[Tensor]) -> None:
+    declared: Dict[int, int] = Counter()  # elements, by storage
+    held: Dict[int, int] = {}
+    for tensor in tensors:
+        storage = tensor.untyped_storage()
+        declared[storage.data_ptr()] += tensor.numel()
+        held[storage.data_ptr()] = storage.nbytes() // tensor.element_size()
+    if sum(max(0, declared[at] - held[at]) for at in held) > MAX_EXPANDED:
+        raise CheckpointMismatchError(
+            f'its tensors are expanded from fewer values than they declare, '
+            f'{sum(declared.values())} from {sum(held.values())}: save them '
+            'again after .contiguous()')
+
+
 INSIDE = 'unknown parameters inside the backbone'
 
 
-def _label(key: str, inner: Optional[str], names: Iterable[str]) -> str:
+def _label(key: str, inner: Optional[str], roots: Collection[str]) -> str:
     """What a key is that has no place in the backbone."""
     if inner is not None:
-        roots = {name.split('.', 1)[0] for name in names}
         if inner.split('.', 1)[0] in roots and 'decoder.' not in inner:
             return INSIDE
     return label_leftover(key)
@@ -175,13 +245,14 @@ def _label(key: str, inner: Optional[str], names: Iterable[str]) -> str:
 
 def _to_layout(name: str, inner: str, tensor: Tensor, key: str) -> Tensor:
     """The tensor with the number of dimensions that our parameter has."""
-    if not tensor.is_floating_point():
+    if not tensor.is_floating_point() or tensor.dtype in PACKED:
         raise CheckpointMismatchError(
-            f'{key} has dtype {tensor.dtype}; weights are floating-point '
-            '(quantised models cannot be loaded)')
-    if tensor.layout != torch.strided or tensor.device.type == 'meta':
+            f'{shown(key)} has dtype {tensor.dtype}; weights are '
+            'floating-point (quantised models cannot be loaded)')
+    layout = 'nested' if tensor.is_nested else tensor.layout
+    if layout != torch.strided or tensor.device.type == 'meta':
         raise CheckpointMismatchError(
-            f'{key} is a {tensor.layout} tensor on {tensor.device}; weights '
+            f'{shown(key)} is a {layout} tensor on {tensor.device}; weights '
             'are dense tensors with data')
     shape = tuple(tensor.shape)
     if inner.endswith('.kernel'):
@@ -197,7 +268,8 @@ def _to_layout(name: str, inner: str, tensor: Tensor, key: str) -> Tensor:
         result = tensor.reshape(-1) if _is_vector(shape) else None
     if result is None or result.numel() == 0:
         raise CheckpointMismatchError(
-            f'{key} has shape {shape}, which no {name} of a ConvNeXt has')
+            f'{shown(key)} has shape {shape}, which no {name} of a ConvNeXt '
+            'has')
     return result
 
 
@@ -244,8 +316,10 @@ def _set_apart_final_norm(state: Dict[str, Tensor], report: Report,
 
 def _is_finite(tensor: Tensor) -> bool:
     # NaN and Inf survive a sum, which needs no memory; a sum may overflow.
-    if math.isfinite(tensor.sum(dtype=torch.float32)):
+    if math.isfinite(tensor.detach().sum(dtype=torch.float32)):
         return True
+    if tensor.element_size() == 1:  # isfinite does not know every fp8
+        tensor = tensor.float()
     return bool(torch.isfinite(tensor).all())
 
 
@@ -334,6 +408,10 @@ def check_complete(state: Mapping[str, Tensor], report: Report) -> None:
             or are not those of a ConvNeXt.
     """
     expected = expected_shapes(report.spec)
+    for s, width in enumerate(report.spec.channels):
+        norm = {f'norm{s}.weight': (width, ), f'norm{s}.bias': (width, )}
+        if norm.keys() & state.keys():
+            expected.update(norm)
     missing = [name for name in expected if name not in state]
     wrong = [
         f'{report.used[name]} {tuple(state[name].shape)}, not {shape}'
@@ -344,7 +422,7 @@ def check_complete(state: Mapping[str, Tensor], report: Report) -> None:
         name for name in state if name not in expected
         and name.startswith(('stages.', 'downsample_layers.'))
     ] + report.leftovers.get(INSIDE, [])
-    reasons = []
+    reasons = list(report.obstacles)
     if len(report.spec.depths) == 0 or 0 in report.spec.depths:
         reasons.append('a stage has no blocks')
     for what, keys in (('missing', missing), ('of another shape', wrong),
@@ -360,6 +438,5 @@ def check_complete(state: Mapping[str, Tensor], report: Report) -> None:
 
 def summarise(keys: List[str], limit: int = 3) -> str:
     """A few of many keys."""
-    shown = ', '.join(key[:100] for key in keys[:limit])
-    return shown if len(keys) <= limit else (
-        f'{shown}, ... ({len(keys)} in all)')
+    text = ', '.join(shown(key, 100) for key in keys[:limit])
+    return text if len(keys) <= limit else f'{text}, ... ({len(keys)} in all)'

@@ -8,11 +8,14 @@ test. Our own layout is that of the paper's release.
 from functools import lru_cache
 from typing import Dict, Iterable, List, NamedTuple, Optional, Tuple
 
-from .errors import UnknownCheckpointError
+from .errors import UnknownCheckpointError, shown
 
 NUM_STAGES = 4
 MAX_BLOCKS = 64  # in one stage; the deepest published one has 30
-FINAL_NORM = 'final_norm'  # our name for a classifier's last normalisation
+# Our names for a classifier's last normalisation: of the pooled features, and
+# of the map that it pools then.
+FINAL_NORM = 'final_norm'
+MAP_NORM = f'{FINAL_NORM}_of_map'
 
 
 class Family(NamedTuple):
@@ -28,7 +31,8 @@ class Family(NamedTuple):
     pwconv2: str
     gamma: str = 'gamma'  # layer scale, V1
     grn: Tuple[str, str] = ('grn.gamma', 'grn.beta')  # V2
-    final_norms: Tuple[str, ...] = ()
+    final_norm: Optional[str] = None
+    map_norm: Optional[str] = None
     out_norm: Optional[str] = None  # of each emitted stage
     kernel: str = 'weight'  # of the convolutions after the stem
     # A key that only this family has, where the parts are named as in another.
@@ -59,13 +63,13 @@ FAMILIES = (
         "the paper's release, V1 and V2, classifiers and fine-tuned detectors "
         'and segmentors; convnext_mm',
         **_PAPER,
-        final_norms=('norm', ),
+        final_norm='norm',
         out_norm='norm{s}'),
     Family(
         'dinov3',
         "DINOv3's release",
         **_PAPER,
-        final_norms=('norm', ),
+        final_norm='norm',
         marker='norms.3.weight'),
     Family(
         'fcmae',
@@ -82,12 +86,14 @@ FAMILIES = (
         'timm',
         'timm, V1 and V2, linear or 1x1-convolution MLP',
         **_TIMM,
-        final_norms=('head.norm', 'norm_pre')),
+        final_norm='head.norm',
+        map_norm='norm_pre'),
     Family(
         'open_clip',
         'OpenCLIP, with a timm trunk',
         **_TIMM,
-        final_norms=('head.norm', 'norm_pre'),
+        final_norm='head.norm',
+        map_norm='norm_pre',
         marker='visual.trunk.stem.0.weight'),
     Family(
         'timm_features',
@@ -109,7 +115,7 @@ FAMILIES = (
         pwconv1='block.3',
         pwconv2='block.5',
         gamma='layer_scale',
-        final_norms=('classifier.0', )),
+        final_norm='classifier.0'),
     Family(
         'huggingface',
         'transformers: ConvNext and ConvNextV2',
@@ -123,7 +129,7 @@ FAMILIES = (
         pwconv2='pwconv2',
         gamma='layer_scale_parameter',
         grn=('grn.weight', 'grn.bias'),
-        final_norms=('layernorm', ),
+        final_norm='layernorm',
         out_norm='hidden_states_norms.stage{s1}'),
     Family(
         'huggingface_dinov3',
@@ -136,7 +142,7 @@ FAMILIES = (
         norm='layer_norm',
         pwconv1='pointwise_conv1',
         pwconv2='pointwise_conv2',
-        final_norms=('layer_norm', )),
+        final_norm='layer_norm'),
     Family(
         'mmpretrain',
         'mmpretrain classifiers, and MMDetection and MMSegmentation models on '
@@ -210,8 +216,10 @@ def _names_of(family: Family) -> Dict[str, str]:
 def norm_names(family: Family) -> Dict[str, str]:
     """The family's names of norms outside the stages, to ours."""
     names = {}
-    for final_norm in family.final_norms:
-        names.update(_affine(FINAL_NORM, final_norm))
+    for ours, theirs in ((FINAL_NORM, family.final_norm),
+                         (MAP_NORM, family.map_norm)):
+        if theirs is not None:
+            names.update(_affine(ours, theirs))
     if family.out_norm is not None:
         for s in range(NUM_STAGES):
             names.update(
@@ -229,6 +237,19 @@ def _all_names() -> Dict[str, Dict[str, str]]:
     return names
 
 
+@lru_cache(maxsize=None)
+def _most_parts() -> int:
+    """Parts (between dots) of the longest name in any family."""
+    return 1 + max(name.count('.') for name in _all_names())
+
+
+# What a network has at least, whatever its depth.
+_CORE = {
+    'downsample_layers.0.0.weight', 'stages.0.0.dwconv.weight',
+    'stages.0.0.pwconv1.weight', 'stages.0.0.pwconv2.weight'
+}
+
+
 class Recognised(NamedTuple):
     """A ConvNeXt found among the keys of a checkpoint."""
     family: Family
@@ -242,19 +263,20 @@ def recognise(keys: Iterable[str]) -> List[Recognised]:
     A ConvNeXt is what has parameters of stem, downsampling layers or stages
     named as in one family, all behind the same prefix. Where names fit several
     families the one that explains most keys is taken, then one whose marker is
-    there.
+    there; and others only where they have a network of their own there.
     """
     keys = list(keys)
     found: Dict[str, Dict[str, Dict[str, str]]] = {}
     for key in keys:
-        start = 0
-        while start >= 0:
+        start = len(key) + 1
+        for _ in range(_most_parts()):
+            if start == 0:
+                break
+            start = key.rfind('.', 0, start - 1) + 1
             for family, ours in _all_names().get(key[start:], {}).items():
                 found.setdefault(key[:start],
                                  {}).setdefault(family,
                                                 {})[key[start:]] = ours
-            dot = key.find('.', start)
-            start = dot + 1 if dot >= 0 else -1
 
     marked = {
         family.name
@@ -263,12 +285,20 @@ def recognise(keys: Iterable[str]) -> List[Recognised]:
     }
     results = []
     for prefix, by_family in found.items():
-        best = max(
+        candidates = sorted(
             (family for family in FAMILIES if family.name in by_family
              and (family.marker is None or family.name in marked)),
             key=lambda family: (len(by_family[family.name]), family.marker is
-                                not None))
-        results.append(Recognised(best, prefix, by_family[best.name]))
+                                not None),
+            reverse=True)
+        taken: List[Dict[str, str]] = []
+        for family in candidates:
+            names = by_family[family.name]
+            if not taken or (
+                    all(_CORE <= set(n.values()) for n in (*taken, names))
+                    and all(names.keys() - n.keys() for n in taken)):
+                taken.append(names)
+                results.append(Recognised(family, prefix, names))
     return sorted(results, key=lambda result: -len(result.names))
 
 
@@ -291,7 +321,12 @@ def choose(found: List[Recognised],
             'no ConvNeXt weights of a known family are in it; known are '
             f'{", ".join(family.name for family in FAMILIES)}')
     if len(found) > 1:
-        places = ', '.join(f'{r.prefix!r} ({len(r.names)} parameters)'
+        if len({r.prefix for r in found}) == 1:
+            names = ' and '.join(r.family.name for r in found)
+            raise UnknownCheckpointError(
+                f'it holds networks in the names of {names} in one place, '
+                f'behind {quoted(found[0].prefix)}: keep those of one')
+        places = ', '.join(f'{quoted(r.prefix)} ({len(r.names)} parameters)'
                            for r in found[:4])
         raise UnknownCheckpointError(
             f'ConvNeXt parameters lie in more than one place: {places}. '
@@ -307,11 +342,16 @@ def _behind(found: List[Recognised], prefix: str) -> List[Recognised]:
         or f'.{wanted}' in f'.{r.prefix}'
     ]
     if not kept:
-        places = ', '.join(repr(r.prefix) for r in found[:4]) or 'nowhere'
+        places = ', '.join(quoted(r.prefix) for r in found[:4]) or 'nowhere'
         raise UnknownCheckpointError(
             f'no ConvNeXt weights lie behind prefix={prefix!r}; they were '
             f'found behind: {places}')
     return kept
+
+
+def quoted(prefix: str) -> str:
+    """A prefix from a file, as a message may hold it."""
+    return f"'{shown(prefix)}'"
 
 
 def label_leftover(key: str) -> str:

@@ -1,24 +1,22 @@
 """Public loading functions, and fitting a checkpoint to a backbone."""
 import logging
+import math
 import os
 from contextlib import contextmanager
-from typing import (Any, Dict, Iterator, List, Mapping, Optional, Sequence,
-                    Tuple, Union)
+from typing import Any, Dict, Iterator, List, Mapping, Optional, Tuple, Union
 
 import torch
 from mmengine.logging import print_log
-from mmengine.model import PretrainedInit, update_init_info
 from torch import Tensor, nn
 
 from .convert import (INSIDE, Report, Spec, check_complete, convert,
                       infer_spec, summarise)
-from .errors import CheckpointError, CheckpointMismatchError
-from .families import FINAL_NORM
-from .reader import read_checkpoint
+from .errors import CheckpointError, CheckpointMismatchError, shown
+from .families import FINAL_NORM, MAP_NORM, NUM_STAGES
+from .reader import check_format, read_checkpoint
 from .remote import fetch
 
 Source = Union[str, os.PathLike]
-InitCfg = Union[dict, Sequence[dict], None]
 
 
 def load_checkpoint(source: Source,
@@ -35,9 +33,7 @@ def load_checkpoint(source: Source,
 
     Returns:
         State dict of :class:`convnext_mm.ConvNeXt`, complete; output norms only
-        where the checkpoint has them, a classifier's final norm not. Tensors
-        are mapped from the file where its format allows: do not overwrite it
-        while you use them.
+        where the checkpoint has them, a classifier's final norm not.
 
     Raises:
         CheckpointError: The message says what is wrong and what to do.
@@ -50,6 +46,17 @@ def load_checkpoint(source: Source,
         check_complete(state, report)
     _log_findings(source, report)
     return without_final_norm(state, report)
+
+
+def check_source(source: Source) -> None:
+    """Looks at a local checkpoint before anything is built for it; an address
+    is not asked.
+
+    Raises:
+        CheckpointFileError: There is no such file, or it is no checkpoint.
+    """
+    if '://' not in str(source):
+        check_format(source)
 
 
 def convert_state_dict(
@@ -97,7 +104,22 @@ def without_final_norm(state: Mapping[str, Tensor],
     return {name: t for name, t in state.items() if name not in final}
 
 
-def load_pretrained(backbone: nn.Module,
+class AnyFamily(nn.Module):
+    """A backbone that takes the weights of any family: all, or none and a
+    ``CheckpointError``. Reached from every way to load a model that holds it.
+
+    Attributes:
+        allow_partial (bool): Take what fits.
+    """
+    allow_partial: bool
+
+    def _load_from_state_dict(self, state_dict: Dict[str, Tensor], prefix: str,
+                              *args: Any) -> None:
+        convert_in_place(self, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def load_pretrained(backbone: AnyFamily,
                     source: Source,
                     prefix: Optional[str] = None) -> None:
     """Loads a checkpoint into a :class:`convnext_mm.ConvNeXt`: all that the
@@ -122,28 +144,7 @@ def load_pretrained(backbone: nn.Module,
     _log_findings(source, report)
 
 
-class SafePretrainedInit(PretrainedInit):
-    """MMEngine's initializer of the same arguments, for a ConvNeXt."""
-
-    def __call__(self, module: nn.Module) -> None:
-        load_pretrained(module, self.checkpoint, self.prefix)
-        if hasattr(module, '_params_init_info'):
-            update_init_info(module, init_info=self._get_init_info())
-
-
-def use_safe_loader(init_cfg: InitCfg) -> InitCfg:
-    """``init_cfg`` with :class:`SafePretrainedInit` for ``'Pretrained'``,
-    last, as MMEngine has it."""
-    cfgs = init_cfg if isinstance(init_cfg, (list, tuple)) else [init_cfg]
-    names = ('Pretrained', PretrainedInit)
-    pretrained = [cfg for cfg in cfgs if cfg and cfg.get('type') in names]
-    if not pretrained:
-        return init_cfg
-    return [cfg for cfg in cfgs if cfg not in pretrained
-            ] + [{**cfg, 'type': SafePretrainedInit} for cfg in pretrained]
-
-
-def convert_in_place(backbone: nn.Module, state_dict: Dict[str, Tensor],
+def convert_in_place(backbone: AnyFamily, state_dict: Dict[str, Tensor],
                      prefix: str) -> None:
     """Gives the part of a whole model's state dict that is for the backbone our
     names, whichever family's it has, and checks that it is complete.
@@ -154,14 +155,19 @@ def convert_in_place(backbone: nn.Module, state_dict: Dict[str, Tensor],
         prefix: Of the backbone's names in it.
 
     Raises:
-        CheckpointError: The backbone's part is not a ConvNeXt, or does not fit.
+        CheckpointError: The backbone's part is missing, is not a ConvNeXt, or
+            does not fit.
     """
     keys = [key for key in state_dict if key.startswith(prefix)]
-    if not keys:
+    where = f'the state dict behind {prefix!r}' if prefix else 'the state dict'
+    if not keys and backbone.allow_partial:
         return
     part = {key[len(prefix):]: state_dict[key] for key in keys}
-    with _naming(f'the state dict behind {prefix!r}' if prefix else
-                 'the state dict'):
+    with _naming(where):
+        if not keys:
+            raise CheckpointMismatchError(
+                'there are no weights for the ConvNeXt (allow_partial=True on '
+                'it leaves it as it is)')
         state, report = convert(part)
         fitted = fit(backbone, state, report)
     if all(name in fitted and fitted[name].shape == tensor.shape
@@ -187,36 +193,51 @@ def fit(backbone: nn.Module, state: Mapping[str, Tensor],
 
     Raises:
         CheckpointMismatchError: A parameter of stem, downsampling layers or
-            stages is missing, superfluous or of another shape, and the backbone
-            has not ``allow_partial``.
+            stages, or half an output norm, is missing, superfluous, of another
+            shape or too large for the backbone's dtype; or its last norm works
+            otherwise; and the backbone has not ``allow_partial``.
     """
     params = dict(backbone.named_parameters())
     state = dict(state)
-    last = f'norm{backbone.out_indices[-1]}'
-    if backbone.gap_before_final_norm and f'{last}.weight' not in state:
-        for leaf in ('weight', 'bias'):
-            if f'{FINAL_NORM}.{leaf}' in state:
-                state[f'{last}.{leaf}'] = state.pop(f'{FINAL_NORM}.{leaf}')
+    obstacles = list(report.obstacles)
+    _place_last_norm(backbone, state, params, obstacles)
     num_stages = len(backbone.stages)
     _adapt_stem(state, params)
-    body = {name for name in params if not name.startswith('norm')}
-    missing = [name for name in body if name not in state]
+    needed = {name.split('.')[0] for name in state}
+    needed |= {'stages', 'downsample_layers'}
+    missing = [
+        name for name in params
+        if name not in state and name.split('.')[0] in needed
+    ]
     wrong = [
         name for name, param in params.items()
         if name in state and state[name].shape != param.shape
     ]
+    too_large = {
+        name: value
+        for name, param in params.items()
+        if name in state and name not in wrong and
+        (value := _overflow(state[name], param.dtype))
+    }
+    if too_large:
+        name, value = next(iter(too_large.items()))
+        obstacles.append(
+            f'{len(too_large)} parameters hold more than the dtype of the '
+            f"backbone's can, such as {name}, {value:.3g} in "
+            f'{params[name].dtype}: take an undamaged checkpoint, or a wider '
+            'dtype')
     extra = report.leftovers.get(INSIDE, []) + [
         name for name in state
         if name not in params and _stage(name) < num_stages
     ]
-    if missing or wrong or extra:
-        message = _diagnose(
-            params, state, report, sorted(missing), wrong, extra)
+    if obstacles or missing or wrong or extra:
+        message = _diagnose(params, state, report, obstacles, sorted(missing),
+                            wrong, extra)
         if not backbone.allow_partial:
             raise CheckpointMismatchError(
                 f'{message}\nNothing was loaded. To load what fits and leave '
                 'the rest as it is: allow_partial=True on the backbone')
-        if len(missing) + len(wrong) >= len(params):
+        if len(missing) + len(wrong) + len(too_large) >= len(params):
             raise CheckpointMismatchError(
                 f'{message}\nNothing fits, not even with allow_partial')
         print_log(
@@ -226,7 +247,7 @@ def fit(backbone: nn.Module, state: Mapping[str, Tensor],
     fitted = {
         name: tensor
         for name, tensor in state.items() if name in params
-        and name not in wrong
+        and name not in wrong and name not in too_large
     }
     _note_unused(state, params, report)
     _log_norms(params, fitted)
@@ -237,6 +258,46 @@ def _stage(name: str) -> int:
     """Stage of a parameter of ours; norms belong to none (a large number)."""
     part, number = name.split('.')[:2]
     return int(number) if part in ('stages', 'downsample_layers') else 99
+
+
+def _place_last_norm(backbone: nn.Module, state: Dict[str, Tensor],
+                     params: Mapping[str, Tensor],
+                     obstacles: List[str]) -> None:
+    """Makes a classifier's last norm the output norm of the last stage, where
+    both do the same and the checkpoint has no such output norm."""
+    ours = f'norm{NUM_STAGES - 1}'
+    leaves = ('weight', 'bias')
+    if f'{ours}.weight' not in params or any(f'{ours}.{leaf}' in state
+                                             for leaf in leaves):
+        return
+    of_map = any(f'{MAP_NORM}.{leaf}' in state for leaf in leaves)
+    if of_map and backbone.gap_before_final_norm:
+        obstacles.append(
+            "the checkpoint's network normalises its last map and then pools "
+            "(timm's head_norm_first, norm_pre), the backbone does it the "
+            'other way round: emit maps, gap_before_final_norm=False')
+        return
+    if not of_map and not backbone.gap_before_final_norm:
+        return
+    theirs = MAP_NORM if of_map else FINAL_NORM
+    for leaf in leaves:
+        if f'{theirs}.{leaf}' in state:
+            state[f'{ours}.{leaf}'] = state.pop(f'{theirs}.{leaf}')
+    if of_map:
+        print_log(
+            f'norm_pre, which normalises the last map, becomes {ours}',
+            logger='current')
+
+
+def _overflow(tensor: Tensor, dtype: torch.dtype) -> float:
+    """The largest finite magnitude in a tensor if ``dtype`` cannot hold it,
+    else 0."""
+    if torch.finfo(tensor.dtype).max <= torch.finfo(dtype).max:
+        return 0.
+    if tensor.element_size() == 1:  # much is not implemented for fp8
+        tensor = tensor.float()
+    largest = tensor.detach().nan_to_num(0., 0., 0.).abs().max()
+    return 0. if math.isfinite(largest.to(dtype)) else float(largest)
 
 
 def _adapt_stem(state: Dict[str, Tensor], params: Mapping[str,
@@ -254,11 +315,15 @@ def _adapt_stem(state: Dict[str, Tensor], params: Mapping[str,
     weight, wanted = state[name], params[name].shape[1]
     if weight.shape[1] != 3 or wanted == 3:
         return
+    weight = weight.double()
     if wanted < 3:
         weight = weight.mean(1, keepdim=True).repeat(1, wanted, 1, 1)
     else:
         weight = weight[:, torch.arange(wanted) % 3]
-    state[name] = weight * (3 / wanted)
+    weight = weight * (3 / wanted)
+    # What the parameter cannot hold is for fit to report.
+    held = weight.to(params[name].dtype)
+    state[name] = held if bool(held.isfinite().all()) else weight
     print_log(
         f'The checkpoint takes 3 channels, the backbone {wanted}: the '
         f'stem is {"averaged" if wanted < 3 else "repeated"} over channels '
@@ -267,12 +332,12 @@ def _adapt_stem(state: Dict[str, Tensor], params: Mapping[str,
 
 
 def _diagnose(params: Mapping[str, Tensor], state: Mapping[str, Tensor],
-              report: Report, missing: List[str], wrong: List[str],
-              extra: List[str]) -> str:
+              report: Report, obstacles: List[str], missing: List[str],
+              wrong: List[str], extra: List[str]) -> str:
     """What differs between a checkpoint and a backbone, in a few lines."""
     theirs, ours = report.spec, infer_spec(params)
     lines = [f'{report.headline()}, does not fit the backbone ({ours}):']
-    lines += [f'- {hint}' for hint in _hints(theirs, ours)]
+    lines += [f'- {hint}' for hint in obstacles + _hints(theirs, ours)]
     for what, names in (('missing in the checkpoint', missing),
                         ('not in the backbone', extra)):
         if names:
@@ -336,11 +401,11 @@ def _group(names: List[str]) -> str:
         if parts[0] == 'stages' and len(parts) > 3:
             parts[2] = '*'
         groups.setdefault('.'.join(parts), []).append(name)
-    shown = [
+    listed = [
         group[0] if len(group) == 1 else f'{pattern} ({len(group)} blocks)'
         for pattern, group in groups.items()
     ]
-    return summarise(shown, limit=6)
+    return summarise(listed, limit=6)
 
 
 def _note_unused(state: Mapping[str, Tensor], params: Mapping[str, Tensor],
@@ -372,7 +437,7 @@ def _log_norms(params: Mapping[str, Tensor],
 
 def _log_findings(source: Source, report: Report) -> None:
     print_log(
-        f'Weights of {source}: {report.headline()}, '
+        f'Weights of {shown(source)}: {report.headline()}, '
         f'{len(report.used)} tensors',
         logger='current')
     if report.leftovers:
@@ -396,4 +461,4 @@ def _naming(source: Source) -> Iterator[None]:
     try:
         yield
     except CheckpointError as error:
-        raise type(error)(f'{source}: {error}') from error
+        raise type(error)(f'{shown(source)}: {error}') from error

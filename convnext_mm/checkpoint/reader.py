@@ -1,12 +1,13 @@
 """Reads checkpoint files without running anything they hold.
 
-Two formats: safetensors, and what ``torch.save`` writes (a zip archive, or
-before torch 1.6 a row of pickles). A pickle passes two gates:
-:mod:`.pickle_scan` decides whether it may be read, then
-``torch.load(weights_only=True)`` reads it.
+Two formats: safetensors, and what ``torch.save`` writes (a zip archive, or,
+before torch 1.6 and in OpenMMLab's published files, a row of pickles). A file
+is opened once and every byte is read once: what :mod:`.pickle_check` has looked
+at is what PyTorch's ``weights_only`` unpickler then gets.
 """
+import datetime
+import io
 import json
-import mmap as memory_map
 import os
 import stat
 import struct
@@ -14,17 +15,18 @@ import zipfile
 from argparse import Namespace
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Tuple, Union
+from typing import Any, BinaryIO, Callable, Dict, Iterator, List, Tuple, Union
 
 import numpy as np
+import safetensors.torch
 import torch
 from mmengine.logging import HistoryBuffer
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from safetensors import SafetensorError
 
 from .errors import (CheckpointError, CheckpointFileError,
-                     UnsafeCheckpointError)
-from .pickle_scan import HISTORY_BUFFER, StorageSizes, scan_pickle
+                     UnsafeCheckpointError, shown)
+from .pickle_check import (DATES, HISTORY_BUFFER, MAPPINGS, ONLY_NAMED, PATHS,
+                           check_pickle)
 
 # Files whose pickles the user vouches for, separated as in PATH.
 TRUST_VARIABLE = 'CONVNEXT_MM_TRUST_PICKLE'
@@ -32,8 +34,8 @@ TRUST_VARIABLE = 'CONVNEXT_MM_TRUST_PICKLE'
 SAFE_TORCH = (2, 10)
 
 MAX_HEADER = 16 << 20  # of safetensors; an xlarge model's has 50 kB
-CHUNK = 8 << 20
 LEGACY_MAGIC = b'\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.'
+LEGACY_VERSION = 1001
 # What people pass by mistake, by its first bytes.
 OTHER_FORMATS = {
     b'version https://git-lfs': 'a Git LFS pointer; run `git lfs pull`',
@@ -46,6 +48,12 @@ OTHER_FORMATS = {
     b'{': 'JSON text',
     b'\x80': 'a pickle that torch.save did not write',
 }
+# How to write a file again that this reader does not know.
+SAVE_AGAIN = ('save it again with a current torch: '
+              'torch.save(torch.load(FILE, weights_only=True), NEW_FILE)')
+
+Reader = Callable[[BinaryIO, int], Any]
+LoadStorage = Callable[[str, int, int], torch.UntypedStorage]
 
 
 class _ReadHistoryBuffer(HistoryBuffer):
@@ -70,6 +78,19 @@ def _history_method(cls: type, name: str) -> str:
     return name
 
 
+def _read_path(*parts: str) -> str:
+    """A stored ``pathlib`` path, as text."""
+    return '/'.join(parts)
+
+
+def _empty_dict(*_: Any) -> dict:
+    return {}
+
+
+def _empty_list(*_: Any) -> list:
+    return []
+
+
 def _inert_types() -> List[Any]:
     """What a checkpoint of a training run holds beyond torch's own list."""
     dtypes = {type(np.dtype(code)) for code in np.typecodes['AllFloat'] +
@@ -78,8 +99,15 @@ def _inert_types() -> List[Any]:
     scalar = np.float64(0).__reduce__()[0]
     return [
         Namespace, np.ndarray, np.dtype, *dtypes, (bytes, 'builtins.bytes'),
+        (frozenset, 'builtins.frozenset'),
         (_history_method, 'builtins.getattr'),
         (_ReadHistoryBuffer, HISTORY_BUFFER),
+        (_empty_dict, 'collections.defaultdict'),
+        (_empty_list, 'collections.deque'),
+        *((dict, name) for name in MAPPINGS),
+        *((_read_path, name) for name in PATHS),
+        *((_empty_dict, name) for name in ONLY_NAMED),
+        *(getattr(datetime, name.partition('.')[2]) for name in DATES),
         *((function, f'numpy.{package}.multiarray.{name}')
           for package in ('core', '_core')
           for function, name in ((core, '_reconstruct'), (scalar, 'scalar')))
@@ -101,57 +129,101 @@ def _only_inert_types() -> Iterator[None]:
 
 
 def read_checkpoint(path: Union[str, os.PathLike],
-                    mmap: bool = True,
                     trust_pickle: bool = False) -> Dict[str, Any]:
     """Reads a checkpoint file into CPU memory, executing nothing.
 
     Args:
         path: A file in safetensors format or written by ``torch.save``.
-        mmap: Map tensors from the file where its format allows, instead of
-            copying them. The file must not be overwritten while they are used.
         trust_pickle: Vouch for the file: whatever its pickle holds is executed.
             For files you made yourself. ``CONVNEXT_MM_TRUST_PICKLE`` with the
             file's path does the same.
 
     Returns:
-        The dictionary in the file; tensors lie on the CPU.
+        The dictionary in the file; tensors lie in CPU memory of their own,
+        stored paths are text.
 
     Raises:
         CheckpointFileError: No such file, not a checkpoint, or damaged.
-        UnsafeCheckpointError: Its pickle holds more than tensors, plain
-            containers, ``argparse.Namespace``, NumPy numbers and MMEngine's
-            history buffers; or torch is too old to read pickles safely.
+        UnsafeCheckpointError: Its pickle asks for more than tensors, plain
+            containers, dates, paths, ``argparse.Namespace``, NumPy numbers and
+            MMEngine's history buffers; or torch is too old to read pickles
+            safely.
     """
-    path = Path(path).expanduser()
-    try:
-        content = _read(path, mmap, trust_pickle or _is_vouched_for(path))
-    except CheckpointError as error:
-        raise type(error)(f'{path}: {error}') from error
-    if not isinstance(content, dict):
-        raise CheckpointFileError(
-            f'{path}: holds a {type(content).__name__}; a checkpoint is a '
-            'dictionary of weights')
+    with _named(path) as path:
+        with _open(path) as file:
+            content = _read(file, trust_pickle or _is_vouched_for(path))
+        if not isinstance(content, dict):
+            raise CheckpointFileError(
+                f'holds a {type(content).__name__}; a checkpoint is a '
+                'dictionary of weights')
     return content
 
 
-def check_format(path: Path) -> str:
-    """``'zip'``, ``'legacy'`` or ``'safetensors'``, from the content.
+def check_format(path: Union[str, os.PathLike]) -> None:
+    """Looks at the first bytes of a file.
 
     Raises:
-        CheckpointFileError: It is none of them; the message says what it is.
+        CheckpointFileError: There is no such file, or it has none of the
+            formats of checkpoints; the message says what it is.
     """
-    with _open(path) as file:
-        head = file.read(4096)
-        size = os.fstat(file.fileno()).st_size
+    with _named(path) as path, _open(path) as file:
+        _find_reader(file)
+
+
+@contextmanager
+def _named(path: Union[str, os.PathLike]) -> Iterator[Path]:
+    """Puts the path before the message of a checkpoint error."""
+    try:
+        yield Path(path).expanduser()
+    except CheckpointError as error:
+        raise type(error)(f'{shown(path)}: {error}') from error
+    except RuntimeError as error:  # of expanduser: no such user
+        raise CheckpointFileError(f'{shown(path)}: {shown(error)}') from error
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[BinaryIO]:
+    try:
+        # Opening a pipe would wait for ever.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError as error:
+        raise CheckpointFileError('there is no such file') from error
+    except PermissionError as error:
+        raise CheckpointFileError(
+            'may not be read: check its permissions (chmod +r)') from error
+    except (OSError, ValueError) as error:
+        raise CheckpointFileError(
+            f'cannot be opened: {shown(error)}') from error
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(descriptor)
+        raise CheckpointFileError(
+            'is a directory; give the checkpoint file in it'
+            if stat.S_ISDIR(mode) else 'is not a regular file')
+    with open(descriptor, 'rb') as file:
+        yield file
+
+
+def _is_vouched_for(path: Path) -> bool:
+    vouched = os.environ.get(TRUST_VARIABLE, '')
+    return any(
+        os.path.realpath(os.path.expanduser(entry)) == os.path.realpath(path)
+        for entry in vouched.split(os.pathsep) if entry)
+
+
+def _find_reader(file: BinaryIO) -> Reader:
+    head = file.read(4096)
+    size = os.fstat(file.fileno()).st_size
+    file.seek(0)
     if not head:
         raise CheckpointFileError('the file is empty')
     if head.startswith(b'PK\x03\x04'):
-        return 'zip'
+        return _read_archive
     if head.startswith(LEGACY_MAGIC):
-        return 'legacy'
+        return _read_legacy
     if len(head) > 8 and head[8:9] == b'{' and struct.unpack(
             '<Q', head[:8])[0] <= min(MAX_HEADER, size - 8):
-        return 'safetensors'
+        return _read_safetensors
     text = head.lstrip().lower()
     if text.startswith((b'<!doctype', b'<html', b'<?xml', b'<head')):
         raise CheckpointFileError(
@@ -168,96 +240,117 @@ def check_format(path: Path) -> str:
         'have been cut or changed')
 
 
-def _open(path: Path):
-    try:
-        mode = path.stat().st_mode
-        if stat.S_ISREG(mode):  # opening a pipe would wait for ever
-            return open(path, 'rb')
-    except FileNotFoundError as error:
-        raise CheckpointFileError('there is no such file') from error
-    except PermissionError as error:
-        raise CheckpointFileError(
-            'may not be read: check its permissions (chmod +r)') from error
-    except (OSError, ValueError) as error:
-        raise CheckpointFileError(f'cannot be opened: {error}') from error
-    if stat.S_ISDIR(mode):
-        raise CheckpointFileError(
-            'is a directory; give the checkpoint file in it')
-    raise CheckpointFileError('is not a regular file')
-
-
-def _is_vouched_for(path: Path) -> bool:
-    vouched = os.environ.get(TRUST_VARIABLE, '')
-    return any(
-        os.path.realpath(os.path.expanduser(entry)) == os.path.realpath(path)
-        for entry in vouched.split(os.pathsep) if entry)
-
-
-def _read(path: Path, mmap: bool, trusted: bool) -> Any:
-    kind = check_format(path)
-    if kind == 'safetensors':
-        return _read_safetensors(path, mmap)
-    if trusted:
-        return _torch_load(path, weights_only=False)
-    if torch.torch_version.TorchVersion(torch.__version__) < SAFE_TORCH:
+def _read(file: BinaryIO, trusted: bool) -> Any:
+    reader = _find_reader(file)
+    is_pickle = reader is not _read_safetensors
+    if is_pickle and trusted:
+        reader = _read_trusted
+    elif is_pickle and torch.torch_version.TorchVersion(
+            torch.__version__) < SAFE_TORCH:
         raise UnsafeCheckpointError(
             f'is a pickle, and torch {torch.__version__} cannot read pickles '
             'safely (CVE-2025-32434): use torch 2.10 or later, a .safetensors '
             f'file, or, if you made the file yourself, set {TRUST_VARIABLE} '
             'to its path')
     try:
-        with _open(path) as file:
-            (_check_archive if kind == 'zip' else _check_legacy)(file)
+        return reader(file, os.fstat(file.fileno()).st_size)
     except UnsafeCheckpointError as error:
         raise UnsafeCheckpointError(
             f'{error}. If you made the file yourself, set {TRUST_VARIABLE} to '
             'its path to run it all the same') from error
-    with _only_inert_types():
-        return _torch_load(
-            path, weights_only=True, mmap=mmap and kind == 'zip')
-
-
-def _torch_load(path: Path, **options: Any) -> Any:
-    # torch raises errors of many types on damaged files, and a vouched-for
-    # pickle may raise anything.
-    try:
-        return torch.load(path, map_location='cpu', **options)
+    except CheckpointError:
+        raise
+    # Damaged files raise errors of many types, and a vouched-for pickle may
+    # raise anything.
     except Exception as error:
+        reason = (str(error).splitlines() or [''])[0]
         raise CheckpointFileError(
-            'cannot be read; it is damaged or from an unsupported version of '
-            f'torch ({type(error).__name__}: {_first_line(error)})'
-        ) from error
+            'cannot be read; it is truncated, damaged or from an unsupported '
+            'version of torch: download or copy it again '
+            f'({type(error).__name__}: {shown(reason)})') from error
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [''])[0][:200]
+def _read_trusted(file: BinaryIO, size: int) -> Any:
+    return torch.load(file, map_location='cpu', weights_only=False)
 
 
-def _check_archive(file) -> None:
-    """Checks the zip archive of torch.save: its index, its checksums, its
-    pickle."""
-    size = os.fstat(file.fileno()).st_size
-    try:
-        with zipfile.ZipFile(file) as archive:
-            entries = _check_index(archive, size)
-            _check_sums(archive)
-            data = archive.read(entries['data.pkl'])
-    except (zipfile.BadZipFile, OSError, RuntimeError, EOFError, KeyError,
-            IndexError, UnicodeError, OverflowError, struct.error,
-            zipfile.LargeZipFile) as error:
+def _unpickle(data: bytes, load_storage: LoadStorage) -> Any:
+    """Hands a checked pickle to torch's ``weights_only`` unpickler.
+
+    Args:
+        data: Starts with the pickle.
+        load_storage: Gives key, elements and bytes of an element their memory.
+    """
+    # What torch.load(weights_only=True) calls. That function itself looks the
+    # records of an archive up in its own way, whatever was checked before, and
+    # gives storages without data the memory as it happens to be.
+    from torch._weights_only_unpickler import Unpickler
+    storages: Dict[str, torch.UntypedStorage] = {}
+    sizes: Dict[str, int] = {}
+
+    def load(pid: tuple) -> torch.storage.TypedStorage:
+        _, storage_type, key, _, num_elements, *_ = pid
+        dtype = (torch.uint8 if storage_type is torch.UntypedStorage else
+                 storage_type.dtype)
+        if key not in storages:
+            storages[key] = load_storage(key, num_elements, dtype.itemsize)
+            sizes[key] = storages[key].nbytes()
+        if sizes[key] != num_elements * dtype.itemsize:
+            raise CheckpointFileError(
+                f'declares storage {shown(key)} with two sizes: it is damaged')
+        return torch.storage.TypedStorage(
+            wrap_storage=storages[key], dtype=dtype, _internal=True)
+
+    unpickler = Unpickler(io.BytesIO(data), encoding='utf-8')
+    unpickler.persistent_load = load
+    with _only_inert_types():
+        content = unpickler.load()
+    # torch enlarges the storage of a tensor that reaches beyond it.
+    if any(storage.nbytes() > sizes[key] for key, storage in storages.items()):
         raise CheckpointFileError(
-            'the archive is truncated or damaged; download or copy it again '
-            f'({_first_line(error)})') from error
-    sizes = {
-        name[len('data/'):]: entry.file_size
-        for name, entry in entries.items() if name.startswith('data/')
-    }
-    scan_pickle(data, StorageSizes(sizes, size))
+            'declares a tensor that reaches beyond its storage: it is damaged '
+            'or made to exhaust memory')
+    return content
 
 
-def _check_index(archive: zipfile.ZipFile,
-                 size: int) -> Dict[str, zipfile.ZipInfo]:
-    """The archive's entries by name without the folder they all lie in."""
+def _fill(storage: torch.UntypedStorage, file: BinaryIO) -> None:
+    """Reads the bytes of a storage."""
+    if storage.nbytes() == 0:
+        return
+    view = memoryview(
+        torch.empty(0, dtype=torch.uint8).set_(storage).numpy())
+    if file.readinto(view) != len(view):
+        raise CheckpointFileError('it is truncated')
+
+
+def _read_archive(file: BinaryIO, size: int) -> Any:
+    """The zip archive of torch.save."""
+    with zipfile.ZipFile(file) as archive:
+        records = _list_records(archive, size)
+        if records.get('byteorder') and archive.read(
+                records['byteorder']) != b'little':
+            raise CheckpointFileError(
+                f'its numbers are not little-endian; {SAVE_AGAIN}')
+        data = archive.read(records['data.pkl'])
+        check_pickle(data)
+
+        def load_storage(key: str, num_elements: int,
+                         item_size: int) -> torch.UntypedStorage:
+            record = records.get(f'data/{key}')
+            if record is None or record.file_size != num_elements * item_size:
+                raise _missing_bytes(key, num_elements * item_size)
+            storage = torch.UntypedStorage(record.file_size)
+            with archive.open(record) as content:
+                _fill(storage, content)
+                content.read()  # at its end the checksum is looked at
+            return storage
+
+        return _unpickle(data, load_storage)
+
+
+def _list_records(archive: zipfile.ZipFile,
+                  size: int) -> Dict[str, zipfile.ZipInfo]:
+    """The archive's records by name without the folder they all lie in."""
     infos = archive.infolist()
     if any(info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1
            for info in infos):
@@ -267,76 +360,89 @@ def _check_index(archive: zipfile.ZipFile,
     if sum(info.file_size for info in infos) > size:
         raise CheckpointFileError(
             'the archive declares more bytes than the file has')
-    entries = {info.filename.partition('/')[2]: info for info in infos}
+    records = {info.filename.partition('/')[2]: info for info in infos}
     folders = {info.filename.partition('/')[0] for info in infos}
-    if len(entries) < len(infos) or len(folders) > 1:
+    if len(records) < len(infos) or len(folders) > 1:
         raise CheckpointFileError('the archive holds a name twice or more '
                                   'than one folder; it is damaged')
-    if 'constants.pkl' in entries:
+    if 'constants.pkl' in records:
         raise UnsafeCheckpointError(
             'the file is a TorchScript program, not weights: load it with '
             'torch.jit.load where you trust it and save its state_dict()')
-    if 'data.pkl' not in entries:
+    if 'data.pkl' not in records:
         raise CheckpointFileError(
             'the archive was not written by torch.save (no data.pkl)')
-    # So that every reader of zip files finds the same index in it.
-    if archive.comment or min(info.header_offset for info in infos):
-        raise CheckpointFileError('the archive has bytes before or after it')
-    return entries
-
-
-def _check_sums(archive: zipfile.ZipFile) -> None:
-    infos = archive.infolist()
     if not any(info.CRC for info in infos):
         # Written with torch.serialization.set_crc32_options(False).
         for info in infos:
             info.CRC = None
-        return
-    for info in infos:
-        with archive.open(info) as entry:
-            while entry.read(CHUNK):  # checks the sum when it reaches the end
-                pass
+    return records
 
 
-def _check_legacy(file) -> None:
-    """Checks the row of pickles that torch before 1.6 wrote."""
-    size = os.fstat(file.fileno()).st_size
-    with memory_map.mmap(
-            file.fileno(), 0, access=memory_map.ACCESS_READ) as data:
-        storages = StorageSizes(None, size)
-        position = 0
-        for _ in range(5):  # magic, version, system, content, storage keys
-            position = scan_pickle(data, storages, position)
+def _read_legacy(file: BinaryIO, size: int) -> Any:
+    """The row of pickles that torch before 1.6 wrote: magic number, version,
+    system, content, keys of the storages; then the storages."""
+    data = file.read()
+    starts = [0]
+    for _ in range(5):
+        starts.append(check_pickle(data, starts[-1]))
+    storages: Dict[str, torch.UntypedStorage] = {}
+    sizes: Dict[str, int] = {}
+    left = size
 
+    def load_storage(key: str, num_elements: int,
+                     item_size: int) -> torch.UntypedStorage:
+        nonlocal left
+        left -= num_elements * item_size
+        if left < 0:
+            raise _missing_bytes(key, num_elements * item_size)
+        sizes[key] = num_elements
+        storages[key] = torch.UntypedStorage(num_elements * item_size)
+        return storages[key]
 
-def _read_safetensors(path: Path, mmap: bool) -> Dict[str, Tensor]:
-    with _open(path) as file:
-        length = struct.unpack('<Q', file.read(8))[0]
-        header = file.read(length)
-    try:
-        json.loads(header, object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, CheckpointError):
-            raise
+    version, system, content, keys = (
+        _unpickle(data[start:end], load_storage)
+        for start, end in zip(starts[1:5], starts[2:]))
+    if version != LEGACY_VERSION or system.get('little_endian') is not True:
         raise CheckpointFileError(
-            f'the header is damaged ({_first_line(error)})') from error
+            'is from a version of torch that this reader does not know, or '
+            f'from a big-endian machine; {SAVE_AGAIN}')
+    if sorted(keys) != sorted(storages):
+        raise CheckpointFileError(
+            'does not list the storages of its tensors: it is damaged')
+    stream = io.BytesIO(data)
+    stream.seek(starts[5])
+    for key in keys:
+        if struct.unpack('<q', stream.read(8))[0] != sizes[key]:
+            raise CheckpointFileError(
+                f'holds storage {shown(key)} in another size than declared: it '
+                'is damaged')
+        _fill(storages[key], stream)
+    return content
+
+
+def _missing_bytes(key: str, num_bytes: int) -> CheckpointFileError:
+    return CheckpointFileError(
+        f'declares {num_bytes} bytes for storage {shown(key)}, which the file '
+        'does not have: it is truncated, damaged or made to exhaust memory')
+
+
+def _read_safetensors(file: BinaryIO, size: int) -> Dict[str, torch.Tensor]:
+    data = file.read()
+    length = struct.unpack('<Q', data[:8])[0]
+    json.loads(data[8:8 + length], object_pairs_hook=_unique)
     try:
-        with safe_open(path, framework='pt', device='cpu') as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except (SafetensorError, OSError, RuntimeError, ValueError, TypeError,
-            AttributeError, KeyError) as error:
+        return safetensors.torch.load(data)
+    except SafetensorError as error:
         raise CheckpointFileError(
             'is a truncated or damaged safetensors file; download or copy it '
-            f'again ({_first_line(error)})') from error
-    if not mmap:
-        tensors = {name: tensor.clone() for name, tensor in tensors.items()}
-    return tensors
+            f'again ({shown(error)})') from error
 
 
 def _unique(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
-    content = dict(pairs)
-    if len(content) < len(pairs):
-        names = [name for name, _ in pairs]
-        double = next(name for name in names if names.count(name) > 1)
-        raise CheckpointFileError(f'holds the key {double!r} twice')
+    content: Dict[str, Any] = {}
+    for name, value in pairs:
+        if name in content:
+            raise CheckpointFileError(f'holds the key {shown(name)} twice')
+        content[name] = value
     return content

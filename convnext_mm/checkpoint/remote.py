@@ -1,28 +1,36 @@
-"""Fetches remote checkpoints into a cache; huggingface_hub does the transfer.
+"""Fetches remote checkpoints into a cache.
 
 A file appears in the cache under its name only when it is complete: its size
 and, where the name carries one, its hash are right and it looks like a
 checkpoint. An interrupted download lies beside it as ``*.incomplete`` and is
-resumed.
+resumed. huggingface_hub transfers what lies on its hub, into its own cache.
 """
 import hashlib
+import logging
 import os
 import re
-from http.client import HTTPException
+from http.client import HTTPException, HTTPResponse
 from pathlib import Path
-from typing import Any, Callable, NamedTuple, Optional, Union
-from urllib.error import HTTPError, URLError
+from typing import Any, Callable, ContextManager, Iterator, Optional, Union
 from urllib.parse import unquote, urlsplit
-from urllib.request import Request, urlopen
+from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from mmengine.dist import all_gather_object, get_dist_info
+from mmengine.logging import print_log
+from rich.console import Console
+from rich.progress import (BarColumn, DownloadColumn, Progress,
+                           TransferSpeedColumn)
 
 from .errors import (CheckpointDownloadError, CheckpointError,
-                     CheckpointFileError)
+                     CheckpointFileError, shown)
 from .reader import check_format
 
 CACHE_VARIABLE = 'CONVNEXT_MM_CACHE'
-LOOPBACK = ('localhost', '127.0.0.1', '::1')
+QUIET_VARIABLE = 'HF_HUB_DISABLE_PROGRESS_BARS'  # set to one of QUIET
+QUIET = ('1', 'ON', 'YES', 'TRUE')
+# Against the address as it stands: what urlsplit takes for its host need not
+# be where urllib goes.
+LOOPBACK = re.compile(r'http://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?(/.*)?')
 TIMEOUT = 15  # seconds without an answer
 # As torch.hub and OpenMMLab name files: the start of the SHA-256 before the
 # suffix. Eight digits of a date are no hash.
@@ -44,14 +52,15 @@ def fetch(source: Union[str, os.PathLike]) -> Path:
 
     Raises:
         CheckpointDownloadError: It cannot be fetched.
+        CheckpointFileError: A path whose ``~`` names no home folder.
     """
     if not isinstance(source, (str, os.PathLike)):
         raise TypeError('a checkpoint is a path or an address, got '
                         f'{type(source).__name__}')
-    source = os.fspath(source)
+    source = os.fsdecode(source)
     scheme, separator, rest = source.partition('://')
     if not separator:
-        return Path(source)
+        return _expanded(source, 'write the full path')
     fetchers = {
         'https': lambda: _fetch_url(source),
         'http': lambda: _fetch_url(source),
@@ -60,20 +69,34 @@ def fetch(source: Union[str, os.PathLike]) -> Path:
     }
     if scheme not in fetchers:
         raise CheckpointDownloadError(
-            f'{source}: unknown scheme {scheme!r}; a checkpoint is a path or '
-            'starts with https://, hf:// or timm://')
+            f'{shown(source)}: unknown scheme {shown(scheme)!r}; a checkpoint '
+            'is a path or starts with https://, hf:// or timm://')
     try:
         return _once_per_machine(fetchers[scheme])
-    except CheckpointError as error:
-        raise CheckpointDownloadError(f'{source}: {error}') from error
+    except ValueError as error:  # ours, or one about the address
+        raise CheckpointDownloadError(
+            f'{shown(source)}: {_because(error)}') from error
 
 
 def cache_dir() -> Path:
     """Where plain downloads go: ``$CONVNEXT_MM_CACHE``, or ``convnext_mm`` in
-    the user's cache folder."""
+    the user's cache folder.
+
+    Raises:
+        CheckpointFileError: Its ``~`` names no home folder.
+    """
     base = os.environ.get('XDG_CACHE_HOME') or '~/.cache'
-    return Path(os.environ.get(CACHE_VARIABLE)
-                or os.path.join(base, 'convnext_mm')).expanduser()
+    return _expanded(
+        os.environ.get(CACHE_VARIABLE) or os.path.join(base, 'convnext_mm'),
+        f'set {CACHE_VARIABLE} to a full path')
+
+
+def _expanded(path: str, advice: str) -> Path:
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise CheckpointFileError(
+            f'{shown(path)}: its ~ names no home folder; {advice}') from error
 
 
 def _once_per_machine(download: Callable[[], Path]) -> Path:
@@ -85,11 +108,13 @@ def _once_per_machine(download: Callable[[], Path]) -> Path:
     if first:
         try:
             path = download()
-        except CheckpointError as error:
-            failure = str(error)
-    failures = [text for text in all_gather_object(failure) if text]
-    if failures:
-        raise CheckpointDownloadError(failures[0])
+        except Exception as error:  # whatever it is, the others wait for word
+            failure = error
+    texts = all_gather_object(_because(failure) if failure else None)
+    if failure:
+        raise failure
+    if any(texts):
+        raise CheckpointDownloadError(next(filter(None, texts)))
     return path if first else download()  # from the cache
 
 
@@ -98,127 +123,168 @@ def _hub() -> Any:
         import huggingface_hub
     except ModuleNotFoundError as error:
         raise CheckpointDownloadError(
-            'downloads need huggingface_hub: `pip install huggingface_hub`, '
-            'or download the file yourself and give its path') from error
+            'hf:// and timm:// need huggingface_hub: `pip install '
+            'huggingface_hub`, or download the file yourself and give its path'
+        ) from error
     return huggingface_hub
 
 
 def _because(error: Exception) -> str:
-    text = (str(error).strip().splitlines() or [''])[0][:300]
-    return f'{type(error).__name__}: {text}'
+    if isinstance(error, CheckpointError):
+        return str(error)
+    text = (str(error).strip().splitlines() or [''])[0]
+    return f'{type(error).__name__}: {shown(text, 300)}'
 
 
 def _fetch_url(url: str) -> Path:
-    if not _is_protected(url):
-        raise CheckpointDownloadError(
-            'plain http can be changed on its way; use https')
+    _check_protected(url)
     name = unquote(urlsplit(url).path).rsplit('/', 1)[-1] or 'checkpoint'
-    name = re.sub(r'[^\w.+-]', '_', name)[-150:]
+    name = re.sub(r'[^\w.+-]|^\.+', '_', name, flags=re.ASCII)[-150:]
     # Many files are called model.pth, so each address has its own folder.
-    folder = cache_dir() / hashlib.sha256(url.encode()).hexdigest()[:16]
+    digest = hashlib.sha256(url.encode()).hexdigest()
+    folder = cache_dir() / digest[:16]
     path = folder / name
-    if path.exists():
-        return path
-    from filelock import FileLock  # of torch's own requirements
     try:
+        if path.exists() and not _hash_fault(path, name):
+            return path
         folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / 'lock'):
+        with _lock(path):
+            if path.exists() and (fault := _hash_fault(path, name)):
+                print_log(
+                    f'{shown(path)}: {fault}; downloading it again',
+                    logger='current',
+                    level=logging.WARNING)
+                path.unlink()
             if not path.exists():
                 _download(url, path)
-    except OSError as error:
+    except (OSError, NotImplementedError) as error:  # of the disk, of filelock
         raise CheckpointDownloadError(
-            f'cannot write to the cache {folder} ({_because(error)}); set '
-            f'{CACHE_VARIABLE} to a folder that can be written') from error
+            f'cannot write to the cache {shown(folder)} ({_because(error)}); '
+            f'set {CACHE_VARIABLE} to a folder that can be written and has '
+            'room') from error
     return path
 
 
-def _is_protected(url: str) -> bool:
+def _lock(path: Path) -> ContextManager:
+    """Lets one process download; the system frees the lock of a dead one."""
+    from filelock import FileLock, Timeout  # of torch's own requirements
+    lock = FileLock(f'{path}.lock')
     try:
-        parts = urlsplit(url)
-    except ValueError as error:
+        return lock.acquire(timeout=0)
+    except Timeout:
+        print_log(
+            f'{shown(path)}: waiting for the process that downloads it',
+            logger='current')
+        return lock.acquire()
+
+
+def _check_protected(url: str) -> None:
+    if not url.startswith('https://') and not LOOPBACK.fullmatch(url):
         raise CheckpointDownloadError(
-            f'{url!r} is not an address ({error})') from error
-    return parts.scheme == 'https' or parts.hostname in LOOPBACK
+            f'it would come from {shown(url)}, which is not https and could be '
+            'changed on its way; use an https address')
 
 
-class _Remote(NamedTuple):
-    """What a server says about a file."""
-    size: Optional[int] = None
-    version: Optional[str] = None
+class _ProtectedRedirects(HTTPRedirectHandler):
+    """Every hop counts, not only the last: each can send us elsewhere."""
+
+    def redirect_request(self, request, file, code, reason, headers, url):
+        _check_protected(url)
+        return super().redirect_request(request, file, code, reason, headers,
+                                        url)
 
 
-def _ask(url: str) -> _Remote:
-    request = Request(url, method='HEAD', headers={
-        'Accept-Encoding': 'identity', 'User-Agent': 'convnext_mm'})
+def _open(url: str, **headers: str) -> HTTPResponse:
+    headers.update({'Accept-Encoding': 'identity',
+                    'User-Agent': 'convnext_mm'})
     try:
-        with urlopen(request, timeout=TIMEOUT) as answer:
-            headers, final = answer.headers, answer.geturl()
-    except HTTPError as error:
-        if error.code in (405, 501):  # answers no such questions
-            return _Remote()
-        raise CheckpointDownloadError(
-            f'the server answers {error.code} ({error.reason}); check the '
-            'address') from error
-    except (URLError, HTTPException, OSError, ValueError) as error:
+        return build_opener(_ProtectedRedirects).open(
+            Request(url, headers=headers), timeout=TIMEOUT)
+    except (HTTPException, OSError, ValueError) as error:
         raise CheckpointDownloadError(
             f'the server does not give the file ({_because(error)}); check '
             'the address and the network, or download it yourself and give '
             'its path') from error
-    if not _is_protected(final):
-        raise CheckpointDownloadError(f'leads to {final}, which is not https')
-    size = headers.get('Content-Length', '')
-    version = headers.get('ETag') or headers.get('Last-Modified') or size
-    digest = hashlib.sha256(version.encode()).hexdigest()[:8]
-    return _Remote(int(size) if size.isdigit() else None,
-                   digest if version else None)
+
+
+def _version(answer: HTTPResponse) -> Optional[str]:
+    """Tells versions of a file apart; None where that, or the file's size, is
+    not known, so that a download cannot be resumed."""
+    for name in ('ETag', 'Last-Modified'):
+        value = answer.headers.get(name, 'W/')
+        if not value.startswith('W/') and answer.length is not None:  # W: weak
+            return hashlib.sha256(value.encode()).hexdigest()[:8]
+    return None
 
 
 def _download(url: str, path: Path) -> None:
     """Transfers, checks, and only then gives the file its name."""
-    _hub()
-    from huggingface_hub.file_download import http_get
-    remote = _ask(url)
+    answer = _open(url)
+    size, version = answer.length, _version(answer)
     # The version is in the name: parts of two versions are never joined.
-    partial = path.with_name(f'{path.name}.{remote.version}.incomplete')
-    if remote.version is None:
-        partial.unlink(missing_ok=True)
+    partial = path.with_name(f'{path.name}.{version}.incomplete')
+    for other in path.parent.glob('*.incomplete'):
+        if other != partial or version is None:
+            other.unlink()
+    start = partial.stat().st_size if partial.exists() else 0
+    if start:
+        # GET, as some servers and signed addresses allow nothing else; without
+        # If-Range, whose answer need not say which version it is.
+        rest = _open(url, Range=f'bytes={start}-') if start < size else answer
+        place = f'bytes {start}-{size - 1}/{size}'
+        if (_version(rest), rest.headers.get('Content-Range')) == (version,
+                                                                   place):
+            answer = rest
+        else:
+            start = 0
+    quiet = os.environ.get(QUIET_VARIABLE, '').upper() in QUIET
+    progress = Progress(
+        '{task.description}', BarColumn(), DownloadColumn(),
+        TransferSpeedColumn(), console=Console(stderr=True), disable=quiet)
+    task = progress.add_task(path.name, total=size, completed=start)
+    resumable = version is not None
     try:
-        with open(partial, 'ab') as file:
-            http_get(
-                url,
-                file,
-                resume_size=file.tell(),
-                expected_size=remote.size,
-                displayed_filename=path.name)
-    # requests or httpx, whichever this huggingface_hub uses, has own errors.
-    except Exception as error:
-        size = partial.stat().st_size if partial.exists() else 0
-        if remote.size is not None and size > remote.size:
-            partial.unlink()  # cannot become right any more
-        raise CheckpointDownloadError(
-            f'the download stopped after {size} of {remote.size} bytes '
-            f'({_because(error)}); start again to resume it') from error
-    try:
-        _check_hash(partial, path.name)
+        with open(partial, 'ab' if start else 'wb') as file, progress:
+            for chunk in _chunks(answer, start, size):
+                file.write(chunk)
+                progress.advance(task, len(chunk))
+        resumable = False  # complete: right or not
+        if fault := _hash_fault(partial, path.name):
+            raise CheckpointFileError(fault)
         check_format(partial)
-    except CheckpointError:
-        partial.unlink()
-        raise
-    os.replace(partial, path)
+        os.replace(partial, path)
+    finally:
+        if not resumable:
+            partial.unlink(missing_ok=True)
 
 
-def _check_hash(path: Path, name: str) -> None:
+def _chunks(answer: HTTPResponse, done: int,
+            size: Optional[int]) -> Iterator[bytes]:
+    try:
+        while chunk := answer.read(1 << 16):
+            yield chunk
+            done += len(chunk)
+        if size not in (None, done):
+            raise ConnectionError('the server closed the connection')
+    except (HTTPException, OSError) as error:
+        raise CheckpointDownloadError(
+            f'the download stopped after {done} of {size or "?"} bytes '
+            f'({_because(error)}); start again to resume it') from error
+
+
+def _hash_fault(path: Path, name: str) -> Optional[str]:
+    """Says that the file has not the hash in its name, where it has not."""
     match = HASH_PATTERN.search(name.lower())
     if match is None:
-        return
+        return None
     with open(path, 'rb') as file:
         digest = hashlib.sha256()
         while chunk := file.read(1 << 20):
             digest.update(chunk)
-    if not digest.hexdigest().startswith(match[1]):
-        raise CheckpointFileError(
-            f'its SHA-256 starts with {digest.hexdigest()[:len(match[1])]}, '
-            f'its name says {match[1]}: the file was changed or cut')
+    start = digest.hexdigest()[:len(match[1])]
+    return None if start == match[1] else (
+        f'its SHA-256 starts with {start}, its name says {match[1]}: the file '
+        'was changed or cut')
 
 
 def _fetch_from_hub(rest: str) -> Path:
@@ -231,14 +297,13 @@ def _fetch_from_hub(rest: str) -> Path:
     hub = _hub()
     repo, revision, file = match.groups()
     errors = hub.errors
+    endpoint = os.environ.get('HF_ENDPOINT') or hub.constants.ENDPOINT
+    _check_protected(endpoint)
     for name in (file, ) if file else HUB_FILES:
         try:
             return Path(
                 hub.hf_hub_download(
-                    repo,
-                    name,
-                    revision=revision,
-                    endpoint=os.environ.get('HF_ENDPOINT')))
+                    repo, name, revision=revision, endpoint=endpoint))
         except errors.LocalEntryNotFoundError as error:
             raise CheckpointDownloadError(
                 f'the hub cannot be reached ({_because(error)})') from error

@@ -6,9 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from convnext_mm import ConvNeXt, convert_state_dict, load_checkpoint
+from convnext_mm import (CheckpointError, ConvNeXt, convert_state_dict,
+                         load_checkpoint)
+from convnext_mm.checkpoint import (CheckpointFileError,
+                                    CheckpointMismatchError,
+                                    UnknownCheckpointError)
 from convnext_mm.checkpoint.convert import convert
-from convnext_mm.checkpoint.families import FAMILIES
+from convnext_mm.checkpoint.families import FAMILIES, _names_of
 from convnext_mm.checkpoint.load import read_backbone
 
 TOLERANCE = 1e-5
@@ -252,6 +256,106 @@ def test_library(library, record):
     assert error <= TOLERANCE
 
 
+def timm_variants():
+    try:
+        import timm
+    except ImportError:
+        return ['none']
+    return timm.list_models('convnext*')
+
+
+@pytest.mark.parametrize('name', timm_variants())
+def test_timm_variant(name):
+    """Those of plain ConvNeXts load; others are refused with the reason."""
+    timm = pytest.importorskip('timm')
+    reference = randomise(
+        timm.create_model(name, depths=DEPTHS, dims=CHANNELS, num_classes=7))
+    state = reference.state_dict()
+    model = ConvNeXt(
+        dict(depths=DEPTHS, channels=CHANNELS),
+        use_grn='v2' in name,
+        norm_eps=norm_eps(reference)).eval()
+    reasons = [
+        reason for part, reason in (('_ols', 'overlapping stem'),
+                                    ('_rms', 'RMSNorm')) if part in name
+    ]
+    if reasons:
+        for load in (convert_state_dict, model.load_state_dict):
+            with pytest.raises(CheckpointMismatchError) as error:
+                load(state)
+            assert all(reason in str(error.value) for reason in reasons)
+        return
+    model.load_state_dict(state, strict=False)
+    image = torch.rand(1, 3, 64, 96)
+    expected = in_turn(reference.stem, reference.stages, image)
+    if '_hnf' in name:  # its last norm is the output norm of the last stage
+        expected[3] = reference.norm_pre(expected[3])
+        for i in range(3):
+            delattr(model, f'norm{i}')
+    else:
+        for i in range(4):
+            delattr(model, f'norm{i}')
+    with torch.no_grad():
+        for ours, theirs in zip(model(image), expected):
+            scale = max(1, float(theirs.abs().max()))
+            assert largest_error([ours], [theirs]) <= TOLERANCE * scale
+
+
+@pytest.mark.parametrize('stem', ['overlap', 'overlap_tiered', 'overlap_act'])
+@pytest.mark.parametrize('make', ['plain', 'features_only'])
+def test_overlapping_stem(stem, make, log):
+    timm = pytest.importorskip('timm')
+    state = randomise(
+        timm.create_model(
+            'convnext_atto',
+            stem_type=stem,
+            depths=DEPTHS,
+            dims=CHANNELS,
+            features_only=make == 'features_only')).state_dict()
+    arch = dict(depths=DEPTHS, channels=CHANNELS)
+    with pytest.raises(CheckpointMismatchError, match='overlapping stem'):
+        convert_state_dict(state)
+    with pytest.raises(CheckpointMismatchError, match='overlapping stem'):
+        ConvNeXt(arch).load_state_dict(state, strict=False)
+    model = ConvNeXt(arch, allow_partial=True)
+    model.load_state_dict(state, strict=False)
+    assert any('overlapping stem' in line for line in log)
+    assert model.stages[2][0].dwconv.weight.std() > 0.1
+
+
+def timm_norm_first():
+    model, _ = make_timm(head_norm_first=True)
+    return randomise(model).state_dict()
+
+
+def test_norm_before_pooling_is_an_output_norm(log):
+    state = timm_norm_first()
+    arch = dict(depths=DEPTHS, channels=CHANNELS)
+    model = ConvNeXt(arch, out_indices=(1, 3))
+    model.load_state_dict(state, strict=False)
+    assert torch.equal(model.norm3.weight, state['norm_pre.weight'])
+    assert sum('norm_pre' in line for line in log) == 1
+    for settings in (dict(out_indices=2), dict(out_norm=False),
+                     dict(out_indices=2, gap_before_final_norm=True)):
+        ConvNeXt(arch, **settings).load_state_dict(state, strict=False)
+    assert sum('final norm: norm_pre' in line for line in log) == 3
+    assert not any(key.startswith('norm') for key in
+                   convert_state_dict(state)[0])
+
+
+def test_norm_before_pooling_is_none_after_it(log):
+    state = timm_norm_first()
+    settings = dict(
+        arch=dict(depths=DEPTHS, channels=CHANNELS), gap_before_final_norm=True)
+    with pytest.raises(CheckpointMismatchError,
+                       match='gap_before_final_norm=False'):
+        ConvNeXt(**settings).load_state_dict(state, strict=False)
+    model = ConvNeXt(**settings, allow_partial=True)
+    model.load_state_dict(state, strict=False)
+    assert bool((model.norm3.weight == 1).all())
+    assert any('gap_before_final_norm=False' in line for line in log)
+
+
 def norm_eps(model: nn.Module) -> float:
     """eps of the first norm: libraries differ in it, checkpoints do not say."""
     return next(module.eps for module in model.modules()
@@ -310,6 +414,127 @@ def test_several_networks_need_a_prefix(weights):
         convert(both, prefix='nobody')
 
 
+def in_names_of(family, weights):
+    """The weights of a backbone of ours in another family's names."""
+    family = next(row for row in FAMILIES if row.name == family)
+    theirs = {ours: name for name, ours in _names_of(family).items()}
+    return {theirs[name]: tensor for name, tensor in weights.items()
+            if name in theirs}
+
+
+@pytest.mark.parametrize('wrap', ['', 'module.backbone.', 'model_ema.'])
+@pytest.mark.parametrize('one, other', [
+    ('paper', 'torchvision'), ('paper', 'mmpretrain'), ('timm', 'huggingface'),
+    ('timm', 'timm_features')])
+def test_two_families_in_one_place(one, other, wrap, weights):
+    both = {wrap + key: tensor
+            for family, names in ((one, weights), (other, {
+                key: tensor + 1 for key, tensor in weights.items()}))
+            for key, tensor in in_names_of(family, names).items()}
+    for prefix in (None, wrap):
+        with pytest.raises(UnknownCheckpointError) as error:
+            convert(both, prefix)
+        assert one in str(error.value) and other in str(error.value)
+
+
+def test_one_parameter_in_another_familys_name(weights):
+    weights['stages.1.1.depthwise_conv.weight'] = weights.pop(
+        'stages.1.1.dwconv.weight')
+    with pytest.raises(CheckpointMismatchError, match='1 parameters missing'):
+        convert_state_dict(weights)
+    weights['features.0.0.weight'] = torch.zeros(3)
+    with pytest.raises(CheckpointMismatchError, match='1 parameters missing'):
+        convert_state_dict(weights)
+
+
+@pytest.mark.parametrize('depth', [6, 31, 32, 2000])
+def test_dictionaries_in_dictionaries(depth, weights):
+    for _ in range(depth):
+        weights = dict(model=weights)
+    if depth < 32:
+        assert convert_state_dict(weights)[1] == 'paper'
+    else:
+        with pytest.raises(UnknownCheckpointError, match='deeper.*32'):
+            convert_state_dict(weights)
+
+
+@pytest.mark.parametrize('name, escaped', [
+    ('a\x1b[31mb', r'a\x1b[31mb'), ('a\nb', r'a\nb'), ('a\ud800', r'a\ud800'),
+    ('a\u202eb', r'a\u202eb'), ('.' * 10**6, '1000 characters')])
+@pytest.mark.parametrize('in_wrapper', [False, True])
+def test_names_that_cannot_be_printed(name, escaped, in_wrapper, weights):
+    weights[name] = dict(b=torch.ones(1)) if in_wrapper else torch.ones(1)
+    with pytest.raises(CheckpointFileError) as error:
+        convert_state_dict(weights)
+    assert escaped in str(error.value)
+    assert str(error.value).isprintable()
+
+
+def test_long_names_take_no_long_time(weights):
+    long = 'k' * 10**6
+    weights.update({long[i:]: dict(epoch=i) for i in range(99)})
+    weights.update({'.' * 900 + str(i): torch.ones(1) for i in range(9999)})
+    assert convert_state_dict(weights)[1] == 'paper'
+
+
+def nested(layout):
+    return torch.nested.nested_tensor(
+        [torch.zeros(2), torch.zeros(3)], layout=layout)
+
+
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('make', [
+    lambda: None,
+    lambda: [1.] * 8,
+    lambda: np.ones(8),
+    lambda: torch.tensor(1.),
+    lambda: torch.zeros(0),
+    lambda: torch.zeros(8, 0, 7, 7),
+    lambda: torch.quantize_per_tensor(torch.ones(8), 1., 0, torch.quint8),
+    lambda: torch.ones(8).to_sparse(),
+    lambda: torch.eye(8).to_sparse_csr(),
+    lambda: torch.ones(8).to_mkldnn(),
+    lambda: torch.ones(8, device='meta'),
+    lambda: torch.ones(8, dtype=torch.complex64),
+    lambda: torch.ones(8, dtype=torch.uint16),
+    lambda: torch.ones(8, dtype=torch.bool),
+    lambda: nested(torch.strided),
+    lambda: nested(torch.jagged),
+    lambda: nn.parameter.UninitializedParameter(),
+    lambda: torch.ones(1).expand(10**12),
+    lambda: torch.ones(1).expand(10**6, 1, 1000, 1000),
+])
+def test_odd_values(make, weights):
+    for name in ('stages.0.0.gamma', 'stages.0.0.dwconv.weight',
+                 'downsample_layers.0.1.weight'):
+        with pytest.raises(CheckpointError):
+            convert_state_dict({**weights, name: make()})
+    for key in ('head.weight', 3, ('a', )):  # beside the network
+        convert_state_dict({**weights, key: make()})
+
+
+def test_cycle(weights):
+    weights['a'] = dict(b=weights)
+    assert convert_state_dict(weights)[1] == 'paper'
+    empty = {}
+    empty['a'] = dict(b=empty)
+    with pytest.raises(UnknownCheckpointError, match='no tensors'):
+        convert_state_dict(empty)
+
+
+def test_expanded_tensors(weights):
+    expanded = {name: torch.full((1, ), 2.).expand(tensor.shape)
+                for name, tensor in weights.items()}
+    state, _ = convert_state_dict(expanded)
+    assert state['stages.0.0.gamma'].tolist() == [2.] * 8
+    # All at once: one storage, no tensor larger than it.
+    shared = torch.ones(3000, 3000)
+    weights.update({f'stages.{s}.{b}.pwconv1.weight': shared
+                    for s in range(4) for b in range(64)})
+    with pytest.raises(CheckpointMismatchError, match='are expanded from'):
+        convert_state_dict(weights)
+
+
 def test_round_trip_through_our_format(tmp_path, weights):
     from safetensors.torch import save_file
     torch.save(weights, tmp_path / 'a.pth')
@@ -324,8 +549,9 @@ def test_round_trip_through_our_format(tmp_path, weights):
                    for name in weights)
 
 
-@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16,
-                                   torch.float64])
+@pytest.mark.parametrize('dtype', [
+    torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn,
+    torch.float8_e5m2])
 def test_dtype_is_kept(dtype, weights):
     state, _ = convert_state_dict(
         {key: tensor.to(dtype) for key, tensor in weights.items()})

@@ -41,7 +41,7 @@ def empty_state(arch, **settings):
     settings = dict(dict(use_grn=False, layer_scale=True), **settings)
     spec = Spec(arch.depths, arch.channels, 3, 4, 7,
                 tuple(4 * c for c in arch.channels), **settings)
-    return {name: torch.zeros(1).expand(shape)
+    return {name: torch.zeros(1, dtype=torch.half).expand(shape)
             for name, shape in expected_shapes(spec).items()}
 
 
@@ -145,6 +145,7 @@ def test_fewer_stages_round_trip(path, arch, tmp_path, log):
 ])
 def test_mismatch_stops_with_a_diagnosis(state, settings, hints):
     model = ConvNeXt(**settings)
+    state = {name: tensor.contiguous() for name, tensor in state.items()}
     before = model.stages[0][0].dwconv.weight.clone()
     with pytest.raises(CheckpointMismatchError) as error:
         model.load_state_dict(state, strict=False)
@@ -257,12 +258,92 @@ def test_incomplete_backbone_in_a_whole_model(arch, model):
 
 
 def test_load_state_dict_of_own_weights_is_torchs(weights, arch):
-    del weights['norm1.weight']
+    names = ['norm1.weight', 'norm1.bias']
+    for name in names:
+        del weights[name]
     with pytest.raises(RuntimeError, match='norm1.weight'):
         ConvNeXt(arch).load_state_dict(weights)
     missing, unexpected = ConvNeXt(arch).load_state_dict(weights, strict=False)
-    assert (missing, unexpected) == (['norm1.weight'], [])
-    ConvNeXt(arch).load_state_dict({}, strict=False)
+    assert (missing, unexpected) == (names, [])
+    with pytest.raises(CheckpointMismatchError, match='no weights'):
+        ConvNeXt(arch).load_state_dict({}, strict=False)
+
+
+@pytest.mark.parametrize('name', ['norm1.weight', 'norm1.bias'])
+def test_output_norms_load_whole(name, weights, arch, log):
+    del weights[name]
+    with pytest.raises(CheckpointMismatchError, match=name):
+        convnext_mm.convert_state_dict(weights)
+    with pytest.raises(CheckpointMismatchError, match=name):
+        ConvNeXt(arch).load_state_dict(weights, strict=False)
+    ConvNeXt(arch, out_indices=(0, 2, 3)).load_state_dict(
+        weights, strict=False)  # not built
+    ConvNeXt(arch, allow_partial=True).load_state_dict(weights, strict=False)
+    assert any(line.startswith('allow_partial') and name in line
+               for line in log)
+
+
+def test_output_norm_of_another_width(weights):
+    weights['norm1.weight'] = torch.ones(5)
+    with pytest.raises(CheckpointMismatchError, match=r'norm1.weight \(5,\)'):
+        convnext_mm.convert_state_dict(weights)
+
+
+@pytest.mark.parametrize('name', ['stages.1.0.gamma', 'norm1.weight', STEM])
+@pytest.mark.parametrize('value, source, target', [
+    (1e300, torch.float64, torch.float32),
+    (1e300, torch.float64, torch.bfloat16),
+    (3.4e38, torch.float32, torch.bfloat16),
+    (7e4, torch.float32, torch.float16),
+    (7e4, torch.bfloat16, torch.float16),
+])
+def test_values_that_the_dtype_cannot_hold(name, value, source, target,
+                                           weights, arch, log):
+    weights = {key: tensor.to(source) for key, tensor in weights.items()}
+    weights[name].view(-1)[0] = -value
+    weights[name].view(-1)[1] = float('nan')
+    with pytest.raises(CheckpointMismatchError) as error:
+        ConvNeXt(arch).to(target).load_state_dict(weights)
+    magnitude = weights[name].view(-1)[0].abs().item()
+    assert f'{name}, {magnitude:.3g} in {target}' in str(error.value)
+    model = ConvNeXt(arch, allow_partial=True).to(target)
+    model.load_state_dict(weights, strict=False)
+    assert bool(model.state_dict()[name].isfinite().all())
+    assert any(line.startswith('allow_partial') for line in log)
+    # What it holds is no reason, NaN or not.
+    weights[name].view(-1)[0] = 0.9 * torch.finfo(target).max
+    ConvNeXt(arch).to(target).load_state_dict(weights)
+
+
+@pytest.mark.parametrize('channels, value', [(1, 3e38), (2, 3e38), (4, 1e39)])
+def test_adapted_stem_that_the_dtype_cannot_hold(channels, value, weights,
+                                                 arch):
+    weights[STEM] = torch.full((8, 3, 4, 4), value, dtype=torch.float64)
+    with pytest.raises(CheckpointMismatchError, match='such as downsample'):
+        ConvNeXt(arch, in_channels=channels).load_state_dict(weights)
+
+
+@pytest.mark.parametrize('channels', [1, 3, 6])
+@pytest.mark.parametrize('dtype', [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_eight_bit_floats(dtype, channels, weights, arch, log):
+    weights = {key: tensor.to(dtype) for key, tensor in weights.items()}
+    model = ConvNeXt(arch, in_channels=channels)
+    model.load_state_dict(weights)
+    if channels == 3:
+        assert all(torch.equal(tensor, weights[name].float())
+                   for name, tensor in model.state_dict().items())
+    weights['norm0.bias'] = torch.full((8, ), float('nan')).to(dtype)
+    convnext_mm.convert_state_dict(weights)
+    assert any('NaN or Inf: norm0.bias' in line for line in log)
+
+
+def test_final_norm_without_the_last_stage(weights, arch):
+    weights = {k: t for k, t in weights.items() if not k.startswith('norm')}
+    weights.update({'norm.weight': torch.ones(20),
+                    'norm.bias': torch.ones(20)})
+    for settings in (dict(out_indices=1), dict(out_norm=False)):
+        ConvNeXt(arch, gap_before_final_norm=True, **settings
+                 ).load_state_dict(weights, strict=False)
 
 
 def test_spec_of_published_networks():

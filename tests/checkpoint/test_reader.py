@@ -110,7 +110,7 @@ def test_no_permission(tmp_path, weights, monkeypatch, record):
     if os.access(path, os.R_OK):  # root may read everything
         def refuse(*args):
             raise PermissionError(13, 'Permission denied')
-        monkeypatch.setattr('builtins.open', refuse)
+        monkeypatch.setattr('os.open', refuse)
     with pytest.raises(CheckpointFileError, match='permissions') as error:
         load_checkpoint(path)
     record('checkpoint_hostile', 'no permission',
@@ -140,11 +140,10 @@ def run_state(weights):
 
 
 @pytest.mark.parametrize('zipped', [True, False])
-@pytest.mark.parametrize('mmap', [True, False])
-def test_state_of_a_run_is_read(zipped, mmap, run_state, tmp_path):
+def test_state_of_a_run_is_read(zipped, run_state, tmp_path):
     path = tmp_path / 'run.pth'
     torch.save(run_state, path, _use_new_zipfile_serialization=zipped)
-    content = read_checkpoint(path, mmap=mmap)
+    content = read_checkpoint(path)
     assert content['args'] == run_state['args']
     assert content['param_schedulers'] == run_state['param_schedulers']
     assert content['optimizer']['param_groups'] == run_state['optimizer'][
@@ -216,22 +215,9 @@ def test_checksums_may_be_absent(weights, tmp_path):
     assert load_checkpoint(tmp_path / 'a.pth').keys() == weights.keys()
 
 
-def test_mapped_tensors_need_no_memory_of_their_own(tmp_path):
-    torch.save(dict(x=torch.zeros(50_000_000)), tmp_path / 'a.pth')
-
-    def resident():
-        with open('/proc/self/statm') as file:
-            return int(file.read().split()[1]) * os.sysconf('SC_PAGE_SIZE')
-
-    before = resident()
-    content = read_checkpoint(tmp_path / 'a.pth')
-    assert resident() - before < 50_000_000
-    assert content['x'].sum() == 0
-
-
 def test_pickled_arrays_of_objects_are_refused(tmp_path):
     torch.save(dict(x=np.array([None, 'a'], object)), tmp_path / 'a.pth')
-    with pytest.raises(UnsafeCheckpointError, match='NumPy dtype'):
+    with pytest.raises(UnsafeCheckpointError, match='numpy.dtype'):
         read_checkpoint(tmp_path / 'a.pth')
 
 

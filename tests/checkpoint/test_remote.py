@@ -1,22 +1,23 @@
 """Remote checkpoints, from servers on loopback."""
 import collections
+import errno
 import hashlib
 import io
+import os
+import re
 import socket
 import subprocess
 import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import pytest
 import torch
 
 from convnext_mm import CheckpointError, load_checkpoint
 from convnext_mm.checkpoint import CheckpointDownloadError, remote
-
-hub = pytest.importorskip('huggingface_hub')
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -57,19 +58,16 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(monkeypatch, tmp_path):
-    monkeypatch.setenv(remote.CACHE_VARIABLE, str(tmp_path / 'cache'))
     monkeypatch.setattr(remote, 'TIMEOUT', 1)
-    monkeypatch.setattr(hub.constants, 'HF_HUB_DOWNLOAD_TIMEOUT', 1)
-    monkeypatch.setattr(hub.constants, 'HF_HUB_ETAG_TIMEOUT', 1)
-    monkeypatch.setattr(hub.constants, 'DOWNLOAD_CHUNK_SIZE', 1024)
-    # Only shortens the waits between retries.
-    monkeypatch.setattr(hub.file_download.time, 'sleep', lambda _: None)
-    monkeypatch.setenv('HF_HUB_DISABLE_PROGRESS_BARS', '1')
+    monkeypatch.setenv(remote.QUIET_VARIABLE, '1')
     server = ThreadingHTTPServer(('127.0.0.1', 0), Handler)
     server.daemon_threads = True
     server.files, server.requests = {}, []
+    server.cache = str(tmp_path / 'cache')
     server.url = f'http://127.0.0.1:{server.server_port}'
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    monkeypatch.setenv(remote.CACHE_VARIABLE, server.cache)
+    thread = threading.Thread(
+        target=server.serve_forever, args=(0.02, ), daemon=True)
     thread.start()
     yield server
     server.shutdown()
@@ -83,11 +81,24 @@ def content(weights):
     return buffer.getvalue()
 
 
-def cached(name='*.p*'):
+def cached():
     """Complete files in the cache."""
     return [path for path in remote.cache_dir().rglob('*')
-            if path.is_file() and path.name != 'lock'
-            and path.suffix != '.incomplete']
+            if path.is_file() and path.suffix not in ('.lock', '.incomplete')]
+
+
+def partial():
+    """Interrupted downloads in the cache."""
+    return list(remote.cache_dir().rglob('*.incomplete'))
+
+
+@pytest.fixture
+def log(monkeypatch):
+    """What remote.py logs."""
+    messages = []
+    monkeypatch.setattr(remote, 'print_log',
+                        lambda message, **_: messages.append(message))
+    return messages
 
 
 def test_download_and_cache(server, content, weights):
@@ -120,7 +131,48 @@ def test_a_date_in_the_name_is_no_hash(server, content):
     assert load_checkpoint(f'{server.url}/net-20220301.pth')
 
 
-def half(content):
+@pytest.mark.parametrize('gone', [False, True])
+def test_changed_file_in_the_cache(gone, server, content, weights, log):
+    path = f'/net-{hashlib.sha256(content).hexdigest()[:8]}.pth'
+    server.files[path] = content
+    load_checkpoint(server.url + path)
+    cached()[0].write_bytes(content[:-1] + b'x')
+    if gone:
+        del server.files[path]
+        with pytest.raises(CheckpointDownloadError, match='404'):
+            load_checkpoint(server.url + path)
+        assert not cached()
+    else:
+        state = load_checkpoint(server.url + path)
+        assert state.keys() == weights.keys()
+        assert cached()[0].read_bytes() == content
+    assert len(log) == 1 and 'SHA-256' in log[0] and 'again' in log[0]
+
+
+@pytest.mark.parametrize('path, name', [
+    ('/a/lock', 'lock'), ('/a/..', '_'), ('/%2e%2E', '_'), ('/', 'checkpoint'),
+    ('/a/%2Fb%0A%1b.pth', 'b__.pth'), ('/' + '%C3%BC' * 200 + '.pth', None)
+])
+def test_names_in_the_cache(path, name, server, content):
+    server.files[path] = content
+    for _ in range(2):
+        assert load_checkpoint(server.url + path)
+    assert cached()[0].name == (name or cached()[0].name)
+
+
+@pytest.mark.parametrize('quiet', [False, True])
+def test_progress(quiet, server, content, monkeypatch, capfd):
+    monkeypatch.setenv(remote.QUIET_VARIABLE, 'yes' if quiet else '0')
+    server.files['/model.pth'] = content
+    remote.fetch(f'{server.url}/model.pth')
+    output = capfd.readouterr().err
+    if quiet:
+        assert output == ''
+    else:
+        assert re.search(r'model.pth .*\d+\.\d/\d+\.\d kB.*/s', output)
+
+
+def half(content, **headers):
     """Declares all and gives half; later requests find no more either."""
 
     def serve(handler):
@@ -129,7 +181,7 @@ def half(content):
             handler.connection.shutdown(socket.SHUT_RDWR)
         else:
             handler.reply(200, content[:len(content) // 2], len(content),
-                          ETag='"1"')
+                          **(headers or {'ETag': '"1"'}))
             handler.close_connection = True
 
     return serve
@@ -145,9 +197,11 @@ def test_interrupted_download_is_resumed(server, content, weights):
                                                               ETag='"1"')
     server.requests.clear()
     assert load_checkpoint(url).keys() == weights.keys()
+    # The first one asks for the version only.
     ranges = [r[2] for r in server.requests if r[0] == 'GET']
-    assert len(ranges) == 1
-    assert 0 < int(ranges[0][6:-1]) <= len(content) // 2
+    assert len(ranges) == 2 and ranges[0] is None
+    assert 0 < int(ranges[1][6:-1]) <= len(content) // 2
+    assert cached()[0].read_bytes() == content and not partial()
 
 
 def test_parts_of_two_versions_are_not_joined(server, content, weights):
@@ -159,6 +213,67 @@ def test_parts_of_two_versions_are_not_joined(server, content, weights):
     server.requests.clear()
     assert load_checkpoint(f'{server.url}/model.pth').keys() == weights.keys()
     assert [r[2] for r in server.requests if r[0] == 'GET'] == [None]
+    assert cached()[0].read_bytes() == content and not partial()
+
+
+@pytest.mark.parametrize('answer', [
+    'whole', 'other version', 'no version', 'other place', 'other size'])
+def test_parts_that_do_not_fit_are_not_joined(answer, server, content):
+    server.files['/model.pth'] = half(content)
+    with pytest.raises(CheckpointDownloadError):
+        load_checkpoint(f'{server.url}/model.pth')
+
+    def serve(handler):
+        start = int((handler.headers.get('Range') or 'bytes=0-')[6:-1])
+        if not start or answer == 'whole':
+            handler.reply(200, content, ETag='"1"')
+            return
+        headers = {
+            'ETag': {'other version': '"2"', 'no version': ''}.get(answer,
+                                                                   '"1"'),
+            'Content-Range': 'bytes {}-{}/{}'.format(
+                start + (answer == 'other place'), len(content) - 1,
+                len(content) + (answer == 'other size'))
+        }
+        handler.reply(206, b'x' * (len(content) - start), **headers)
+
+    server.files['/model.pth'] = serve
+    load_checkpoint(f'{server.url}/model.pth')
+    assert cached()[0].read_bytes() == content and not partial()
+
+
+@pytest.mark.parametrize('headers, kept', [
+    ({'ETag': '"1"'}, True), ({'ETag': 'W/"1"'}, False), ({'X': 'y'}, False),
+    ({'Last-Modified': 'Sun, 06 Nov 1994 08:49:37 GMT'}, True)
+])
+def test_only_what_can_be_resumed_is_kept(headers, kept, server, content):
+    server.files['/model.pth'] = half(content, **headers)
+    with pytest.raises(CheckpointDownloadError):
+        load_checkpoint(f'{server.url}/model.pth')
+    assert len(partial()) == kept
+
+
+@pytest.mark.parametrize('headers', [{'ETag': '"1"'}, {'X': 'y'}])
+def test_full_disk(headers, server, content, monkeypatch):
+
+    class FullDisk(io.FileIO):
+
+        def write(self, data):
+            super().write(data[:10000])
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    url = f'{server.url}/model.pth'
+    server.files['/model.pth'] = lambda handler: handler.send(content,
+                                                              **headers)
+    monkeypatch.setattr(remote, 'open', FullDisk, raising=False)
+    with pytest.raises(CheckpointDownloadError,
+                       match=f'No space left.*{remote.CACHE_VARIABLE}.*room'):
+        load_checkpoint(url)
+    assert not cached() and len(partial()) == ('ETag' in headers)
+    monkeypatch.undo()
+    monkeypatch.setenv(remote.CACHE_VARIABLE, server.cache)
+    load_checkpoint(url)
+    assert cached()[0].read_bytes() == content and not partial()
 
 
 def test_server_that_answers_downloads_only(server, content, weights):
@@ -174,6 +289,46 @@ def test_server_that_answers_downloads_only(server, content, weights):
 
 def redirect(where):
     return lambda handler: handler.reply(302, b'', Location=where)
+
+
+@pytest.mark.parametrize('target', [
+    'http://example.invalid/x.pth', 'http://example.invalid/hop',
+    '//example.invalid/x.pth', 'ftp://127.0.0.1/x.pth', 'file:///x.pth',
+    'data:,x', 'http://localhost@example.invalid/', 'http://[::1].invalid/',
+    'http://localhost.example.invalid/', 'http://example.invalid\\@localhost/',
+    'HTTP://example.invalid/x.pth'
+])
+@pytest.mark.parametrize('head', ['redirected', 'answered', 'not allowed'])
+def test_no_hop_is_unprotected(head, target, server, content, monkeypatch):
+    # As a proxy the server is asked for every plain address, and would answer.
+    monkeypatch.setenv('http_proxy', server.url)
+    monkeypatch.setenv('no_proxy', '127.0.0.1')
+
+    def first(handler):
+        if handler.command == 'HEAD' and head != 'redirected':
+            handler.reply(200 if head == 'answered' else 405, b'')
+        else:
+            handler.reply(302, b'', Location='/second.pth')
+
+    server.files.update({
+        '/first.pth': first,
+        '/second.pth': redirect(target),
+        '/model.pth': content,
+        'http://example.invalid/x.pth': content,
+        'http://example.invalid/hop': redirect(f'{server.url}/model.pth')
+    })
+    with pytest.raises(CheckpointDownloadError, match='https|not allowed'):
+        load_checkpoint(f'{server.url}/first.pth')
+    assert {r[1] for r in server.requests} == {'/first.pth', '/second.pth'}
+    assert not cached() and not partial()
+
+
+@pytest.mark.parametrize('code', [301, 302, 303, 307, 308])
+def test_redirects_are_followed(code, server, content, weights):
+    server.files['/model.pth'] = content
+    server.files['/there.pth'] = lambda handler: handler.reply(
+        code, b'', Location='/model.pth')
+    assert load_checkpoint(f'{server.url}/there.pth').keys() == weights.keys()
 
 
 def faulty_servers(content):
@@ -246,7 +401,7 @@ BAD_ADDRESSES = [
     'https://exa mple.invalid/x.pth', 'ftp://127.0.0.1/x.pth',
     's3://bucket/x.pth', 'file:///etc/passwd', 'hf://', 'hf://name',
     'hf://../../etc', 'hf://org/name@', 'timm://', 'timm://resnet/../x',
-    'timm://no_such_model', 'data://x'
+    'timm://no_such_model', 'data://x', 'https://\xfc.invalid/\xfc.pth'
 ]
 
 
@@ -261,6 +416,80 @@ def test_bad_addresses(server, record):
     record('checkpoint_hostile', 'bad addresses', dict(outcomes))
 
 
+UNPRINTABLE = [
+    'https://127.0.0.1:1/a\n\x1b[2Jb.pth', 'https://127.0.0.1:1/\0.pth',
+    'https://127.0.0.1:1/\udcff.pth', 'https://127.0.0.1:1\r\nHost: x/a.pth',
+    'http://example.invalid/\x1b', 'x\ny://a', 'hf://org/name/a\nb',
+    'hf://org/name/\x1b\0', 'timm://a\nb', 'timm://\x1b',
+    '~nosuchuser/\x1b.pth'
+]
+
+
+@pytest.mark.parametrize('source', UNPRINTABLE)
+def test_messages_are_printable(source, server, monkeypatch):
+    monkeypatch.setenv('HF_ENDPOINT', server.url)
+    with pytest.raises(CheckpointError) as error:
+        load_checkpoint(source)
+    assert str(error.value).isprintable()
+
+
+@pytest.mark.parametrize('reply', [
+    b'HTTP/1.0 302 \x1b[2J\r\nLocation: http://h/\x1b[2J\r\n\r\n',
+    b'HTTP/1.0 404 \x1b[2J\r\n\r\n', b'\x1b[2J\r\n\r\n'
+])
+def test_messages_of_servers_are_printable(reply, server):
+    server.files['/x.pth'] = lambda handler: handler.wfile.write(reply)
+    with pytest.raises(CheckpointDownloadError) as error:
+        load_checkpoint(f'{server.url}/x.pth')
+    assert str(error.value).isprintable()
+
+
+def test_paths(monkeypatch, tmp_path):
+    monkeypatch.setenv('HOME', str(tmp_path))
+
+    class Bytes(PurePosixPath):
+
+        def __fspath__(self):
+            return b'/a/\xff.pth'
+
+    assert remote.fetch(Bytes()) == Path('/a/\udcff.pth')
+    assert remote.fetch('~/x.pth') == tmp_path / 'x.pth'
+    with pytest.raises(CheckpointError, match='full path'):
+        remote.fetch('~nosuchuser/x.pth')
+
+
+def test_cache_in_no_home_folder(server, monkeypatch):
+    monkeypatch.setenv(remote.CACHE_VARIABLE, '~nosuchuser/x')
+    with pytest.raises(CheckpointDownloadError, match=remote.CACHE_VARIABLE):
+        load_checkpoint(f'{server.url}/model.pth')
+
+
+@pytest.mark.parametrize('killed', [False, True])
+def test_another_process_downloads(killed, server, content, weights, log):
+    url = f'{server.url}/model.pth'
+    with pytest.raises(CheckpointDownloadError):
+        load_checkpoint(url)
+    lock, = remote.cache_dir().rglob('*.lock')
+    server.files['/model.pth'] = content
+    owner = subprocess.Popen(
+        [sys.executable, '-c', 'import filelock, sys\n'
+         'with filelock.FileLock(sys.argv[1]):\n'
+         '    print(flush=True)\n'
+         '    input()', lock],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    owner.stdout.readline()
+    if killed:
+        owner.kill()
+        owner.wait()
+    timer = threading.Timer(1, owner.communicate)
+    timer.start()
+    start = time.time()
+    assert load_checkpoint(url).keys() == weights.keys()
+    timer.join()
+    assert (time.time() - start > 0.9) or killed
+    assert [m for m in log if 'waiting' in m] == log and len(log) != killed
+
+
 def test_cache_that_cannot_be_written(server, content, monkeypatch):
     server.files['/model.pth'] = content
     monkeypatch.setenv(remote.CACHE_VARIABLE, '/proc/cache')
@@ -268,17 +497,24 @@ def test_cache_that_cannot_be_written(server, content, monkeypatch):
         load_checkpoint(f'{server.url}/model.pth')
 
 
-def test_without_huggingface_hub(server, content, monkeypatch):
+def test_without_huggingface_hub(server, content, weights, monkeypatch):
     server.files['/model.pth'] = content
     monkeypatch.setitem(sys.modules, 'huggingface_hub', None)
+    assert load_checkpoint(f'{server.url}/model.pth').keys() == weights.keys()
     with pytest.raises(CheckpointDownloadError,
                        match='pip install huggingface_hub'):
-        load_checkpoint(f'{server.url}/model.pth')
+        load_checkpoint('hf://org/name')
 
 
 @pytest.fixture
 def hub_server(server, content, monkeypatch, tmp_path):
     """A Hugging Face hub with one repository of each kind."""
+    hub = pytest.importorskip('huggingface_hub')
+    monkeypatch.setattr(hub.constants, 'HF_HUB_DOWNLOAD_TIMEOUT', 1)
+    monkeypatch.setattr(hub.constants, 'HF_HUB_ETAG_TIMEOUT', 1)
+    monkeypatch.setattr(hub.constants, 'DOWNLOAD_CHUNK_SIZE', 1024)
+    # Only shortens the waits between retries.
+    monkeypatch.setattr(hub.file_download.time, 'sleep', lambda _: None)
     monkeypatch.setenv('HF_ENDPOINT', server.url)
     monkeypatch.setattr(hub.constants, 'HF_HUB_CACHE', str(tmp_path / 'hub'))
     digest = hashlib.sha256(content).hexdigest()
@@ -332,6 +568,12 @@ def test_hub_errors(source, reason, hub_server):
         load_checkpoint(source)
 
 
+def test_unprotected_hub(hub_server, monkeypatch):
+    monkeypatch.setenv('HF_ENDPOINT', 'http://example.invalid')
+    with pytest.raises(CheckpointDownloadError, match='is not https'):
+        load_checkpoint('hf://org/net')
+
+
 WORKER = """
 import sys, torch
 from convnext_mm import CheckpointError, load_checkpoint
@@ -344,19 +586,55 @@ for source in sys.argv[1:]:
 """
 
 
-def test_one_process_downloads(server, content, weights, tmp_path):
-    server.files['/model.pth'] = content
-    (tmp_path / 'worker.py').write_text(WORKER)
-    output = subprocess.run(
+def run_two(script, folder, *args):
+    (folder / 'worker.py').write_text(script)
+    return subprocess.run(
         [sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node=2',
          '--rdzv-backend=c10d', '--rdzv-endpoint=127.0.0.1:0',
-         str(tmp_path / 'worker.py'), f'{server.url}/missing.pth',
-         f'{server.url}/model.pth'],
+         str(folder / 'worker.py'), *args],
         capture_output=True, text=True, timeout=120,
         cwd=Path(__file__).resolve().parents[2]).stdout
+
+
+def test_one_process_downloads(server, content, weights, tmp_path):
+    server.files['/model.pth'] = content
+    output = run_two(WORKER, tmp_path, f'{server.url}/missing.pth',
+                     f'{server.url}/model.pth')
     # Where the download fails nobody waits for it.
     assert output.count('CheckpointDownloadError') == 2
     assert output.count(f'loaded {len(weights)};') == 2
     assert [request[:2] for request in server.requests] == [
-        ('HEAD', '/missing.pth'), ('HEAD', '/model.pth'),
-        ('GET', '/model.pth')]
+        ('GET', '/missing.pth'), ('GET', '/model.pth')]
+
+
+# On one machine the first process fails, then of two machines the second.
+FAILING_WORKER = """
+import os, sys, torch
+from convnext_mm.checkpoint import remote
+torch.distributed.init_process_group('gloo')
+rank = torch.distributed.get_rank()
+
+def download(url, path):
+    if rank == culprit:
+        raise RuntimeError('broken')
+    path.touch()
+
+remote._download = download
+os.environ['CONVNEXT_MM_CACHE'] = f'{sys.argv[1]}/{rank}'
+for culprit in (0, 1):
+    try:
+        remote.fetch('https://example.invalid/x.pth')
+    except Exception as error:
+        print(f'{culprit} {rank} {type(error).__name__}: {error};')
+    os.environ['LOCAL_RANK'] = '0'
+"""
+
+
+def test_every_failure_reaches_the_others(tmp_path):
+    output = run_two(FAILING_WORKER, tmp_path, str(tmp_path))
+    text = ('CheckpointDownloadError: https://example.invalid/x.pth: '
+            'RuntimeError: broken')
+    assert sorted(re.findall(r'\d \d \w+Error:[^;]*', output)) == [
+        '0 0 RuntimeError: broken', f'0 1 {text}', f'1 0 {text}',
+        '1 1 RuntimeError: broken'
+    ]

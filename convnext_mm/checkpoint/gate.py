@@ -1,0 +1,386 @@
+"""The one door between checkpoints and MMEngine.
+
+``import convnext_mm`` installs it for the whole process; MMEngine imports
+convnext_mm itself when it builds a type of this package. From then on
+``load_from``, ``resume``, every ``Pretrained`` initializer, the inferencers and
+``mmengine.runner.load_checkpoint``, of our tools or of the stock ones,
+
+- read files with :func:`.reader.read_checkpoint`, never as pickles;
+- see no string of a file that they would run as code or use as a path;
+- give a ConvNeXt all of its weights, or raise a ``CheckpointError``;
+- do not take the state of an optimizer or scheduler that is not theirs.
+"""
+import inspect
+from collections import OrderedDict
+from collections.abc import Mapping
+from numbers import Number
+from typing import Any, Dict, Iterator, Tuple, Union
+
+import torch
+from mmengine.infer.infer import BaseInferencer
+from mmengine.logging import HistoryBuffer, print_log
+from mmengine.model import (BaseModule, BaseTTAModel, PretrainedInit,
+                            is_model_wrapper, update_init_info)
+from mmengine.optim import OptimWrapper, _ParamScheduler
+from mmengine.registry import WEIGHT_INITIALIZERS
+from mmengine.runner import checkpoint as mmengine_checkpoint
+from torch import Tensor, nn
+
+from .errors import (CheckpointDownloadError, CheckpointError,
+                     CheckpointFileError, CheckpointMismatchError, shown)
+from .families import recognise
+from .load import AnyFamily, load_pretrained
+from .reader import read_checkpoint
+from .remote import fetch
+
+# MMEngine's names for addresses.
+NAMED_ADDRESSES = {
+    'torchvision': mmengine_checkpoint.get_torchvision_models,
+    'modelzoo': mmengine_checkpoint.get_torchvision_models,
+    'open-mmlab': mmengine_checkpoint.get_external_models,
+    'openmmlab': mmengine_checkpoint.get_external_models,
+}
+_load_state_dict = mmengine_checkpoint.load_state_dict
+_initialize = PretrainedInit.__call__
+_init_weights = BaseModule.init_weights
+_init_inferencer_model = BaseInferencer._init_model
+_load_optimizer = OptimWrapper.load_state_dict
+_load_scheduler = _ParamScheduler.load_state_dict
+
+
+def install() -> None:
+    """Puts the functions below into MMEngine's places. Twice is as once."""
+    mmengine_checkpoint.CheckpointLoader.load_checkpoint = staticmethod(
+        load_for_mmengine)
+    mmengine_checkpoint.load_state_dict = load_state_dict
+    PretrainedInit.__call__ = initialize
+    BaseModule.init_weights = init_weights
+    BaseInferencer._init_model = init_inferencer_model
+    OptimWrapper.load_state_dict = load_optimizer
+    _ParamScheduler.load_state_dict = load_scheduler
+
+
+def load_for_mmengine(filename: str,
+                      map_location: Any = None,
+                      logger: Any = 'current') -> Dict[str, Any]:
+    """``CheckpointLoader.load_checkpoint``, executing nothing.
+
+    Args:
+        filename: A path, ``https://``, ``hf://``, ``timm://`` address, or one
+            of MMEngine's ``torchvision://`` and ``open-mmlab://`` names.
+        map_location: Not used: tensors come on the CPU, and models and
+            optimizers take them to their own device.
+        logger: For one line.
+
+    Returns:
+        The dictionary in the file without what MMEngine would run or use as a
+        path, see :func:`without_orders`.
+
+    Raises:
+        CheckpointError: It cannot be fetched or read, or is not safe.
+    """
+    print_log(f'Loads checkpoint from: {shown(filename)}', logger=logger)
+    scheme, _, name = str(filename).partition('://')
+    if scheme in NAMED_ADDRESSES:
+        addresses = NAMED_ADDRESSES[scheme]()
+        if name not in addresses:
+            raise CheckpointDownloadError(
+                f'{shown(filename)}: MMEngine knows no such name')
+        filename = addresses[name]
+    content = read_checkpoint(fetch(filename))
+    try:
+        return without_orders(content)
+    except CheckpointError as error:
+        raise type(error)(f'{shown(filename)}: {error}') from error
+
+
+def without_orders(content: Dict[str, Any]) -> Dict[str, Any]:
+    """A read checkpoint without what MMEngine would act upon.
+
+    It runs ``meta['config']``, ``meta['cfg']`` and the ``cfg`` of the message
+    hub as Python, deletes the file or folder that ``best_ckpt`` of the message
+    hub names, and builds file names from ``keep_ckpt_ids``. So neither
+    configuration comes through, and of the message hub's ``runtime_info`` only
+    numbers and lists of whole numbers.
+
+    Raises:
+        CheckpointFileError: A state dict is none, or a name in it not text or
+            not printable.
+    """
+    content = dict(content)
+    for key in ('state_dict', 'ema_state_dict'):
+        if key in content:
+            content[key] = _state_dict(content[key], key)
+    if 'state_dict' not in content:
+        return _state_dict(content, 'top level')
+    meta = content.get('meta')
+    content['meta'] = {
+        key: value
+        for key, value in (meta if isinstance(meta, dict) else {}).items()
+        if key not in ('config', 'cfg') and not (
+            key in ('epoch', 'iter', 'seed') and not _is_count(value))
+    }
+    hub = content.get('message_hub')
+    if isinstance(hub, dict):
+        content['message_hub'] = {
+            name: {
+                key: value
+                for key, value in part.items()
+                if isinstance(key, str) and key.isprintable() and keep(value)
+            }
+            for name, keep in (('log_scalars', _is_history),
+                               ('runtime_info', _is_numbers),
+                               ('resumed_keys', _is_flag))
+            for part in [hub.get(name)] if isinstance(part, dict)
+        }
+    return content
+
+
+def _state_dict(state: Any, where: str) -> Dict[str, Any]:
+    if not isinstance(state, Mapping):
+        raise CheckpointFileError(
+            f'its {where} is a {type(state).__name__}, not a dictionary of '
+            'weights')
+    for key in state:
+        if not (isinstance(key, str) and key.isprintable()):
+            raise CheckpointFileError(
+                f'its {where} has the key {shown(key, 80)} '
+                f'({type(key).__name__}): names of weights are printable text')
+    clean = OrderedDict(state)
+    metadata = getattr(state, '_metadata', None)
+    clean._metadata = OrderedDict(
+        (name, dict(version=entry['version']))
+        for name, entry in (metadata if isinstance(metadata, dict) else
+                            {}).items()
+        if isinstance(entry, dict) and _is_count(entry.get('version')))
+    return clean
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _is_flag(value: Any) -> bool:
+    return type(value) is bool
+
+
+def _is_history(value: Any) -> bool:
+    return isinstance(value, HistoryBuffer)
+
+
+def _is_numbers(value: Any) -> bool:
+    return isinstance(value, (Number, Tensor, type(None))) or isinstance(
+        value, (list, tuple)) and all(map(_is_count, value))
+
+
+def load_state_dict(module: nn.Module,
+                    state_dict: Dict[str, Tensor],
+                    strict: bool = False,
+                    logger: Any = None) -> None:
+    """``mmengine.runner.checkpoint.load_state_dict`` that forgives a missing
+    head, and no missing backbone.
+
+    Raises:
+        CheckpointMismatchError: ``state_dict`` has no weights, or not all, for
+            a ConvNeXt in ``module``.
+    """
+    for prefix, backbone in find_backbones(module):
+        if backbone.allow_partial or any(
+                key.startswith(prefix) for key in state_dict):
+            continue
+        found = recognise(
+            key for key in _nested_keys(state_dict) if isinstance(key, str))
+        advice = (
+            f'its ConvNeXt lies behind {shown(found[0].prefix)!r}: to start '
+            "from a backbone, set init_cfg=dict(type='Pretrained', "
+            'checkpoint=...) on the backbone, not on the whole model, and '
+            'leave load_from out' if found else 'it has no ConvNeXt weights')
+        raise CheckpointMismatchError(
+            f'{type(module).__name__} needs weights behind {prefix!r}, which '
+            f'the checkpoint does not have; {advice}')
+    _load_state_dict(module, state_dict, strict, logger)
+
+
+def find_backbones(module: nn.Module,
+                   prefix: str = '') -> Iterator[Tuple[str, AnyFamily]]:
+    """Every ConvNeXt in a model, and what precedes its names in the model's
+    state dict. Wrappers (of distributed training, of test-time augmentation)
+    have no part in names."""
+    if is_model_wrapper(module) or isinstance(module, BaseTTAModel):
+        module = module.module
+    if isinstance(module, AnyFamily):
+        yield prefix, module
+        return
+    for name, child in module.named_children():
+        yield from find_backbones(child, f'{prefix}{name}.')
+
+
+def _nested_keys(state_dict: Mapping) -> Iterator[str]:
+    for key, value in state_dict.items():
+        yield key
+        if isinstance(value, Mapping):
+            yield from (f'{key}.{inner}' for inner in value)
+
+
+def initialize(init: PretrainedInit, module: nn.Module) -> None:
+    """``PretrainedInit.__call__``: a ConvNeXt takes the checkpoint of any
+    family; what holds one takes all of its weights."""
+    try:
+        if isinstance(module, AnyFamily):
+            load_pretrained(module, init.checkpoint, init.prefix)
+            if hasattr(module, '_params_init_info'):
+                update_init_info(module, init_info=init._get_init_info())
+        else:
+            _initialize(init, module)
+    except CheckpointError:
+        raise
+    except (AssertionError, TypeError, AttributeError, RuntimeError) as error:
+        raise CheckpointMismatchError(
+            f'{shown(init.checkpoint)} does not fit {type(module).__name__}: '
+            f'{shown(error)}') from error
+
+
+def init_weights(module: BaseModule) -> None:
+    """``BaseModule.init_weights``, with ``Pretrained`` last under any of its
+    names. (MMEngine knows one; under the others, such as
+    ``'mmengine.Pretrained'``, what follows overwrites the loaded weights.)
+
+    Raises:
+        ValueError: ``Pretrained`` in an ``override`` of a ConvNeXt, which loads
+            a part of it.
+    """
+    init_cfg = module.init_cfg
+    cfgs = [init_cfg] if isinstance(init_cfg, dict) else init_cfg or []
+    for cfg in cfgs:
+        overrides = cfg.get('override') or []
+        for override in ([overrides] if isinstance(overrides, dict) else
+                         overrides):
+            if isinstance(module, AnyFamily) and _is_pretrained(
+                    {'type': cfg.get('type'), **override}):
+                raise ValueError(
+                    "init_cfg: type='Pretrained' in override=... would load a "
+                    f'part of {type(module).__name__}; put it at the top level '
+                    'of init_cfg, with prefix=... where the checkpoint holds '
+                    'several networks')
+    try:
+        if cfgs:
+            module.init_cfg = [cfg for cfg in cfgs if not _is_pretrained(cfg)
+                               ] + [{**cfg, 'type': _initializer(cfg)}
+                                    for cfg in cfgs if _is_pretrained(cfg)]
+        _init_weights(module)
+    finally:
+        module.init_cfg = init_cfg
+
+
+def _initializer(cfg: Dict[str, Any]) -> Any:
+    """The class that a config of an initializer names, as MMEngine finds it."""
+    with WEIGHT_INITIALIZERS.switch_scope_and_registry(None) as registry:
+        kind = cfg.get('type')
+        return registry.get(kind) if isinstance(kind, str) else kind
+
+
+def _is_pretrained(cfg: Dict[str, Any]) -> bool:
+    kind = _initializer(cfg)
+    return isinstance(kind, type) and issubclass(kind, PretrainedInit)
+
+
+def init_inferencer_model(inferencer: BaseInferencer, cfg: Any,
+                          weights: Union[str, None], *args: Any,
+                          **kwargs: Any) -> nn.Module:
+    """``BaseInferencer._init_model``; a config is needed.
+
+    Raises:
+        CheckpointFileError: There is none. MMEngine would run the text that the
+            checkpoint says is its config.
+    """
+    if not cfg:
+        raise CheckpointFileError(
+            f'{shown(weights)}: give the config as well (model=...): the one '
+            'stored in a checkpoint is Python code, which is not run')
+    return _init_inferencer_model(inferencer, cfg, weights, *args, **kwargs)
+
+
+def load_optimizer(wrapper: OptimWrapper, state_dict: Dict[str, Any]) -> None:
+    """``OptimWrapper.load_state_dict``; fused optimizers do not check that the
+    state has the shapes of the parameters, and would write beyond it.
+
+    Raises:
+        CheckpointMismatchError: It is the state of another model or optimizer.
+    """
+    optimizer = wrapper.optimizer
+    options = [dict(group) for group in optimizer.param_groups]
+    try:
+        _load_optimizer(wrapper, state_dict)
+    except Exception as error:  # torch raises several types
+        raise CheckpointMismatchError(
+            'the state of the optimizer is not of this model and optimizer '
+            f'({type(error).__name__}: {shown(error)})') from error
+    for before, group in zip(options, optimizer.param_groups):
+        for key, value in before.items():
+            # Schedulers add some, which they can add again.
+            if (key in group or key in optimizer.defaults
+                ) and key != 'params' and not _are_alike(
+                    group.get(key), value):
+                raise CheckpointMismatchError(
+                    f'the state of the optimizer has {key}='
+                    f'{shown(group.get(key), 40)} where this run has '
+                    f'{shown(value, 40)}')
+    names = _state_names(optimizer)
+    for param, state in optimizer.state.items():
+        wrong = [
+            f'{key} {tuple(value.shape)}' for key, value in state.items()
+            if isinstance(value, Tensor) and value.dim()
+            and value.shape != param.shape
+        ]
+        if wrong or names and state.keys() != names:
+            raise CheckpointMismatchError(
+                'the state of the optimizer is not of this model and '
+                f'optimizer: a parameter of {tuple(param.shape)} has '
+                f'{shown(wrong or list(state))}')
+
+
+def _state_names(optimizer: torch.optim.Optimizer) -> set:
+    """What one of torch's optimizers keeps for a parameter, tried on one;
+    nothing where it is not torch's."""
+    if not type(optimizer).__module__.startswith('torch.optim.'):
+        return set()
+    accepted = inspect.signature(type(optimizer)).parameters
+    options = {key: value for key, value in optimizer.defaults.items()
+               if key in accepted and key not in ('fused', 'capturable')}
+    param = nn.Parameter(torch.zeros(1))
+    param.grad = torch.zeros(1)
+    trial = type(optimizer)([param], **options)
+    trial.step()
+    return set(trial.state[param])
+
+
+def load_scheduler(scheduler: _ParamScheduler,
+                   state_dict: Dict[str, Any]) -> None:
+    """``_ParamScheduler.load_state_dict``, which sets any attribute.
+
+    Raises:
+        CheckpointMismatchError: It is the state of another scheduler.
+    """
+    own = scheduler.state_dict()
+    if not (isinstance(state_dict, dict) and state_dict.keys() <= own.keys()
+            and all(_are_alike(state_dict[key], own[key])
+                    for key in state_dict)):
+        raise CheckpointMismatchError(
+            f'the state of a {type(scheduler).__name__} is not what this '
+            f'version of MMEngine keeps for one: {shown(state_dict)}')
+    _load_scheduler(scheduler, state_dict)
+
+
+def _are_alike(value: Any, own: Any) -> bool:
+    """Whether a stored setting has the type of a run's own."""
+    if own is None or isinstance(own, bool):
+        return value is None or isinstance(value, bool)
+    if isinstance(own, (Number, Tensor)):
+        return isinstance(value, (Number, Tensor)) and not isinstance(
+            value, bool)
+    if isinstance(own, (list, tuple)):
+        return isinstance(value, (list, tuple)) and len(value) == len(
+            own) and all(map(_are_alike, value, own))
+    if isinstance(own, dict):
+        return isinstance(value, dict) and all(map(_is_count, value))
+    return isinstance(value, type(own))
