@@ -35,13 +35,14 @@ class ReleasedClassifierInit:
         """
         state = read_checkpoint(fetch(self.checkpoint))
         state = state.get('model', state)
+        state = state if isinstance(state, dict) else {}
         for name, param in module.fc.named_parameters():
             value = state.get(f'head.{name}')
-            if value is None or value.shape != param.shape:
-                found = 'none' if value is None else tuple(value.shape)
+            shape = tuple(getattr(value, 'shape', ())) or 'none'
+            if shape != tuple(param.shape):
                 raise ValueError(
                     f'{self.checkpoint}: the classifier needs head.{name} of '
-                    f'{tuple(param.shape)}, found {found}; for other classes '
+                    f'{tuple(param.shape)}, found {shape}; for other classes '
                     "start it anew with init_cfg=dict(type='TruncNormal', "
                     "layer='Linear', std=2e-5)")
             param.data.copy_(value)

@@ -4,12 +4,16 @@ import argparse
 import os
 import sys
 from pathlib import Path
+from typing import Dict, Set
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
+from torch import Tensor
 
-from convnext_mm.checkpoint import CheckpointError
+from convnext_mm.checkpoint import CheckpointError, CheckpointFileError
 from convnext_mm.checkpoint.convert import Report, check_complete
+from convnext_mm.checkpoint.errors import shown
 from convnext_mm.checkpoint.load import read_backbone, without_final_norm
 
 
@@ -35,29 +39,46 @@ def convert_file(args: argparse.Namespace) -> Report:
     """
     state, report = read_backbone(args.source, args.prefix, args.trust_pickle)
     check_complete(state, report)
-    state = without_final_norm(state, report)
-    # Written beside and then renamed: the source may be the same file, and its
-    # tensors are mapped from it.
+    state = own_memory(without_final_norm(state, report))
+    # Written beside and then renamed: the source may be the same file.
     partial = args.target.with_name(f'{args.target.name}.{os.getpid()}.tmp')
     try:
         if args.target.suffix == '.safetensors':
-            save_file({name: t.contiguous() for name, t in state.items()},
-                      partial, metadata=dict(format='pt'))
+            save_file(state, partial, metadata=dict(format='pt'))
         else:
             torch.save(
                 dict(state_dict=state, meta=dict(
                     family=report.family.name, arch=report.spec.arch)),
                 partial)
         os.replace(partial, args.target)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise CheckpointFileError(
+            f'{shown(args.target)} cannot be written ({shown(error)}); is the '
+            'disk full?') from error
     finally:
         partial.unlink(missing_ok=True)
     return report
 
 
+def own_memory(state: Dict[str, Tensor]) -> Dict[str, Tensor]:
+    """Each tensor without what else lies in its memory: other parameters where
+    all are views of one buffer, the same one where two names share it."""
+    seen: Set[int] = set()
+    result = {}
+    for name, tensor in state.items():
+        tensor = tensor.contiguous()
+        storage = tensor.untyped_storage()
+        if storage.nbytes() > tensor.nbytes or storage.data_ptr() in seen:
+            tensor = tensor.clone()
+        seen.add(tensor.untyped_storage().data_ptr())
+        result[name] = tensor
+    return result
+
+
 def print_report(args: argparse.Namespace, report: Report) -> None:
     spec = report.spec
     rows = [
-        ('source', args.source),
+        ('source', shown(args.source)),
         ('family', f'{report.family.name}: {report.family.origin}'),
         ('found behind', report.prefix or 'no prefix'),
         ('averaged (EMA)', 'yes' if report.averaged else 'no'),
@@ -75,7 +96,7 @@ def print_report(args: argparse.Namespace, report: Report) -> None:
     if report.not_finite:
         rows.append(('WARNING', f'{len(report.not_finite)} weights hold NaN '
                      f'or Inf: {", ".join(report.not_finite[:10])}'))
-    rows.append(('written', str(args.target)))
+    rows.append(('written', shown(args.target)))
     for name, value in rows:
         print(f'{name:17} {value}')
 
@@ -84,15 +105,15 @@ def main(argv=None) -> int:
     args = parse_args(argv)
     if args.target.suffix not in ('.pth', '.pt', '.safetensors'):
         print(f'error: DST must end in .pth, .pt or .safetensors, got '
-              f'{args.target}', file=sys.stderr)
+              f'{shown(args.target)}', file=sys.stderr)
         return 1
     if not args.target.parent.is_dir():
-        print(f'error: the folder {args.target.parent} does not exist; make it '
-              'first', file=sys.stderr)
+        print(f'error: the folder {shown(args.target.parent)} does not exist; '
+              'make it first', file=sys.stderr)
         return 1
     try:
         report = convert_file(args)
-    except (CheckpointError, OSError) as error:
+    except CheckpointError as error:
         print(f'error: {error}', file=sys.stderr)
         return 1
     print_report(args, report)

@@ -1,5 +1,6 @@
 # ATSS. FPN starts at the second map, so only stages 1 to 3 are emitted.
 _base_ = 'mmdet::atss/atss_r50_fpn_1x_coco.py'
+custom_imports = dict(imports=['convnext_mm'])
 
 model = dict(
     backbone=dict(

@@ -2,6 +2,7 @@
 # head's dilations to (1, 12, 24, 36): finer, and more work.
 # Its heads use three of the maps; in_index counts the emitted ones.
 _base_ = 'mmseg::deeplabv3plus/deeplabv3plus_r50-d8_4xb4-160k_ade20k-512x512.py'
+custom_imports = dict(imports=['convnext_mm'])
 
 model = dict(
     pretrained=None,

@@ -1,6 +1,7 @@
 # DINO with four scales: three maps and one that the neck adds. Layer decay
 # replaces DINO's rule of a tenth of the learning rate for the whole backbone.
 _base_ = 'mmdet::dino/dino-4scale_r50_8xb2-12e_coco.py'
+custom_imports = dict(imports=['convnext_mm'])
 
 model = dict(
     backbone=dict(

@@ -1,5 +1,6 @@
 # Faster R-CNN with FPN on all four maps.
 _base_ = 'mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py'
+custom_imports = dict(imports=['convnext_mm'])
 
 model = dict(
     backbone=dict(

@@ -1,6 +1,7 @@
 # FCOS. Its Caffe ResNet expects other pixel values than ConvNeXt's weights do,
 # so the data_preprocessor changes too.
 _base_ = 'mmdet::fcos/fcos_r50-caffe_fpn_gn-head_1x_coco.py'
+custom_imports = dict(imports=['convnext_mm'])
 
 model = dict(
     data_preprocessor=dict(

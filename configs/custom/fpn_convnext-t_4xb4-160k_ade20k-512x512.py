@@ -1,5 +1,6 @@
 # Semantic FPN.
 _base_ = 'mmseg::sem_fpn/fpn_r50_4xb4-160k_ade20k-512x512.py'
+custom_imports = dict(imports=['convnext_mm'])
 
 model = dict(
     pretrained=None,

@@ -1,6 +1,7 @@
 # Mask2Former for semantic segmentation. Its pixel decoder is MMDetection's, so
 # both have to be installed.
 _base_ = 'mmseg::mask2former/mask2former_r50_8xb2-160k_ade20k-512x512.py'
+custom_imports = dict(imports=['convnext_mm'])
 
 model = dict(
     backbone=dict(

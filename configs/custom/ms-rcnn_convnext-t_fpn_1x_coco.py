@@ -1,5 +1,6 @@
 # Mask Scoring R-CNN: Mask R-CNN whose masks are ranked by a predicted IoU.
 _base_ = 'mmdet::ms_rcnn/ms-rcnn_r50_fpn_1x_coco.py'
+custom_imports = dict(imports=['convnext_mm'])
 
 model = dict(
     backbone=dict(

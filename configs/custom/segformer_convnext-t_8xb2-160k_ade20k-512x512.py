@@ -1,6 +1,7 @@
 # SegFormer's all-MLP head. It trains with ten times the learning rate, as in
 # SegFormer.
 _base_ = 'mmseg::segformer/segformer_mit-b0_8xb2-160k_ade20k-512x512.py'
+custom_imports = dict(imports=['convnext_mm'])
 
 model = dict(
     backbone=dict(

@@ -325,25 +325,26 @@ def load_optimizer(wrapper: OptimWrapper, state_dict: Dict[str, Any]) -> None:
                     f'the state of the optimizer has {key}='
                     f'{shown(group.get(key), 40)} where this run has '
                     f'{shown(value, 40)}')
-    names = _state_names(optimizer)
+    own = _kept_for_a_parameter(optimizer)
     for param, state in optimizer.state.items():
-        wrong = [
-            f'{key} {tuple(value.shape)}' for key, value in state.items()
-            if isinstance(value, Tensor) and value.dim()
-            and value.shape != param.shape
-        ]
-        if wrong or names and state.keys() != names:
+        fits = state.keys() == own.keys() and all(
+            getattr(state[key], 'shape', None) == param.shape if is_map else
+            isinstance(state[key], (Number, Tensor))
+            for key, is_map in own.items())
+        if own and not fits:
             raise CheckpointMismatchError(
                 'the state of the optimizer is not of this model and '
-                f'optimizer: a parameter of {tuple(param.shape)} has '
-                f'{shown(wrong or list(state))}')
+                f'optimizer: for a parameter of {tuple(param.shape)} it has ' +
+                shown({key: getattr(value, 'shape', value)
+                       for key, value in state.items()}))
 
 
-def _state_names(optimizer: torch.optim.Optimizer) -> set:
-    """What one of torch's optimizers keeps for a parameter, tried on one;
-    nothing where it is not torch's."""
+def _kept_for_a_parameter(optimizer: torch.optim.Optimizer
+                          ) -> Dict[str, bool]:
+    """What one of torch's optimizers keeps for a parameter, tried on one, and
+    whether in its shape; nothing where it is not torch's."""
     if not type(optimizer).__module__.startswith('torch.optim.'):
-        return set()
+        return {}
     accepted = inspect.signature(type(optimizer)).parameters
     options = {key: value for key, value in optimizer.defaults.items()
                if key in accepted and key not in ('fused', 'capturable')}
@@ -351,7 +352,8 @@ def _state_names(optimizer: torch.optim.Optimizer) -> set:
     param.grad = torch.zeros(1)
     trial = type(optimizer)([param], **options)
     trial.step()
-    return set(trial.state[param])
+    return {key: isinstance(value, Tensor) and value.dim() > 0
+            for key, value in trial.state[param].items()}
 
 
 def load_scheduler(scheduler: _ParamScheduler,

@@ -158,7 +158,10 @@ def convert_in_place(backbone: AnyFamily, state_dict: Dict[str, Tensor],
         CheckpointError: The backbone's part is missing, is not a ConvNeXt, or
             does not fit.
     """
-    keys = [key for key in state_dict if key.startswith(prefix)]
+    keys = [
+        key for key in state_dict
+        if isinstance(key, str) and key.startswith(prefix)
+    ]
     where = f'the state dict behind {prefix!r}' if prefix else 'the state dict'
     if not keys and backbone.allow_partial:
         return

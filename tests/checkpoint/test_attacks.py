@@ -13,7 +13,6 @@ import sys
 from pathlib import Path
 from typing import Iterator, List, Tuple
 
-import attacks
 import pytest
 import torch
 from attacks import GROUPS, HOSTILE, VALID, Source, mutate
@@ -107,3 +106,22 @@ def test_attacks(door, server, record):
 def test_at_least_500_attacks(server):
     assert sum(1 for make in GROUPS.values()
                for _ in make(server.sources['backbone'])) >= 500
+
+
+def test_mutated_files(server, record):
+    """Random changes of valid files. Those of numbers in a format without
+    checksums, and names exchanged for one another, cannot be seen."""
+    source = server.sources['backbone']
+    outcomes, faults = collections.Counter(), []
+    for seed in range(NUM_MUTATED):
+        what, data = mutate(source, seed)
+        outcome, message = server.enter('load_checkpoint()', data)
+        can_be_seen = what.startswith('zip') and ' for ' not in what and (
+            'records' not in what)
+        outcome = 'other numbers' if (
+            outcome == 'wrong' and not can_be_seen) else outcome
+        outcomes[outcome] += 1
+        if outcome not in (*ENDS, 'other numbers'):
+            faults.append(f'{seed}, {what}: {outcome}, {message[:300]}')
+    record('checkpoint_mutated', 'load_checkpoint()', dict(outcomes))
+    assert not faults, '\n'.join(faults)

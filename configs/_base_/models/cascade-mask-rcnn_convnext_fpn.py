@@ -3,6 +3,7 @@
 # four convolutions with SyncBN and one linear layer, a box regression for each
 # class, and GIoU on decoded boxes.
 _base_ = 'mmdet::_base_/models/cascade-mask-rcnn_r50_fpn.py'
+custom_imports = dict(imports=['convnext_mm'])
 
 model = dict(
     backbone=dict(

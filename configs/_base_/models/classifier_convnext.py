@@ -1,6 +1,7 @@
 # MMPretrain's classifier. The backbone emits pooled, normalised vectors, so the
 # head is one linear layer. (The type is scoped: under MMPretrain's scope the
 # bare name is MMPretrain's own backbone.)
+custom_imports = dict(imports=['convnext_mm'])
 model = dict(
     type='ImageClassifier',
     backbone=dict(

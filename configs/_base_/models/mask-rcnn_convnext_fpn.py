@@ -1,6 +1,7 @@
 # Mask R-CNN with FPN. Heads, RPN, proposals and test settings are those of
 # MMDetection's Mask R-CNN; only the backbone and what it hands over change.
 _base_ = 'mmdet::_base_/models/mask-rcnn_r50_fpn.py'
+custom_imports = dict(imports=['convnext_mm'])
 
 model = dict(
     backbone=dict(

@@ -1,6 +1,7 @@
 # UPerNet with an auxiliary FCN head on the third map; heads and losses are
 # those of MMSegmentation's UPerNet. (Spelt out, because MMEngine's `mmseg::`
 # does not find MMSegmentation installed as onedl-mmsegmentation.)
+custom_imports = dict(imports=['convnext_mm'])
 norm_cfg = dict(type='SyncBN', requires_grad=True)
 head = dict(
     num_classes=150,

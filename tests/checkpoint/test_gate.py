@@ -1,0 +1,490 @@
+"""MMEngine's own ways to load a checkpoint: nothing in it acts, and a ConvNeXt
+gets all of its weights or the run stops."""
+import copy
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from attacks import PAYLOAD, zipped
+from mmengine.config import Config
+from mmengine.model import BaseModel, BaseModule, MMDistributedDataParallel
+from mmengine.optim import OptimWrapper
+from mmengine.optim.scheduler import MultiStepLR
+from mmengine.runner import load_checkpoint as mmengine_load_checkpoint
+from mmengine.runner.checkpoint import load_state_dict
+from torch import nn
+
+import convnext_mm
+from convnext_mm import CheckpointError, ConvNeXt
+from convnext_mm.checkpoint import (CheckpointFileError,
+                                    CheckpointMismatchError,
+                                    UnsafeCheckpointError)
+from convnext_mm.checkpoint.gate import find_backbones, without_orders
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class Call:
+    """Pickles to a call."""
+
+    def __reduce__(self):
+        return os.system, ('touch "$CANARY"', )
+
+
+@pytest.fixture
+def canary(tmp_path, monkeypatch):
+    path = tmp_path / 'canary'
+    monkeypatch.setenv('CANARY', str(path))
+    return path
+
+
+@pytest.fixture
+def evil(tmp_path, weights):
+    path = tmp_path / 'evil.pth'
+    path.write_bytes(zipped({**weights, 'x': Call()}))
+    return str(path)
+
+
+class Model(BaseModel):
+    """A backbone and a head."""
+
+    def __init__(self, arch, backbone=None, **kwargs):
+        super().__init__(**kwargs)
+        self.backbone = ConvNeXt(arch, **(backbone or {}))
+        self.head = Head()
+
+    def forward(self, *args, **kwargs):
+        return {}
+
+
+class Head(BaseModule):
+
+    def __init__(self):
+        super().__init__(dict(type='Constant', layer='Linear', val=3.))
+        self.fc = nn.Linear(20, 2)
+
+
+# How users name the initializer, in MMEngine's registry or by its class.
+TYPES = ['Pretrained', 'mmengine.Pretrained', 'PretrainedInit',
+         'mmengine.model.PretrainedInit',
+         'mmengine.model.weight_init.PretrainedInit']
+
+
+@pytest.mark.parametrize('kind', TYPES)
+@pytest.mark.parametrize('where', ['backbone', 'model', 'head', 'override'])
+def test_no_name_of_the_initializer_reads_a_pickle(kind, where, arch, evil,
+                                                   canary):
+    if kind == 'PretrainedInit':
+        from mmengine.model import PretrainedInit as kind
+    init_cfg = dict(type=kind, checkpoint=evil)
+    if where == 'backbone':
+        model = ConvNeXt(arch, init_cfg=init_cfg)
+    else:
+        model = Model(arch)
+        if where == 'override':
+            model.init_cfg = dict(type='Constant', layer='Linear', val=1,
+                                  override=dict(init_cfg, name='head'))
+        else:
+            (model if where == 'model' else model.head).init_cfg = init_cfg
+    with pytest.raises(UnsafeCheckpointError, match='system'):
+        model.init_weights()
+    assert not canary.exists()
+
+
+@pytest.mark.parametrize('kind', TYPES)
+def test_what_is_pretrained_stays(kind, arch, tmp_path, model):
+    """Other initializers come first, whatever the name."""
+    if kind == 'PretrainedInit':
+        from mmengine.model import PretrainedInit as kind
+    whole = Model(arch)
+    whole.backbone.load_state_dict(model.state_dict())
+    torch.save(dict(state_dict=whole.state_dict()), tmp_path / 'whole.pth')
+    init_cfg = [dict(type=kind, checkpoint=str(tmp_path / 'whole.pth')),
+                dict(type='Constant', layer=['Conv2d', 'Linear'], val=7.)]
+    loaded = Model(arch, init_cfg=init_cfg)
+    loaded.init_weights()
+    assert all(torch.equal(a, b) for a, b in zip(
+        loaded.state_dict().values(), whole.state_dict().values()))
+    assert loaded.init_cfg == init_cfg
+
+
+def test_override_cannot_load_a_part_of_a_backbone(arch, tmp_path, weights):
+    torch.save(weights, tmp_path / 'a.pth')
+    override = dict(type='Pretrained', name='stages',
+                    checkpoint=str(tmp_path / 'a.pth'))
+    model = ConvNeXt(arch, init_cfg=dict(
+        type='Constant', layer='Linear', val=1., override=override))
+    with pytest.raises(ValueError, match='override.*top level'):
+        model.init_weights()
+
+
+@pytest.mark.parametrize('wrap', [
+    lambda w: w, lambda w: dict(model={f'backbone.{k}': t
+                                       for k, t in w.items()}),
+    lambda w: {'head.fc.weight': torch.ones(2, 20)},
+    lambda w: {f'encoder.{k}': t for k, t in w.items()}
+])
+@pytest.mark.parametrize('where', ['init_cfg', 'load'])
+def test_weights_elsewhere_do_not_leave_noise(wrap, where, arch, weights,
+                                              tmp_path):
+    path = str(tmp_path / 'a.pth')
+    torch.save(wrap(weights), path)
+    with pytest.raises(CheckpointMismatchError, match='ConvNeXt'):
+        if where == 'load':
+            mmengine_load_checkpoint(Model(arch), path)
+        else:
+            Model(arch, init_cfg=dict(
+                type='Pretrained', checkpoint=path)).init_weights()
+    partial = Model(arch, backbone=dict(allow_partial=True))
+    mmengine_load_checkpoint(partial, path)
+
+
+def test_wrapped_models_are_found(arch):
+    model = Model(arch)
+    tta = pytest.importorskip('mmseg.models').SegTTAModel(module=model)
+    assert [prefix for prefix, _ in find_backbones(tta)] == ['backbone.']
+    with pytest.raises(CheckpointMismatchError, match="behind 'backbone.'"):
+        load_state_dict(tta, {'head.fc.weight': torch.ones(2, 20)})
+    load_state_dict(tta, model.state_dict())
+    wrapped = MMDistributedDataParallel.__new__(MMDistributedDataParallel)
+    nn.Module.__init__(wrapped)
+    wrapped.module = model
+    assert [prefix for prefix, _ in find_backbones(wrapped)] == ['backbone.']
+
+
+def test_nothing_that_mmengine_acts_on_comes_through(weights):
+    content = without_orders(dict(
+        state_dict=weights,
+        meta=dict(config='a', cfg='b', epoch='c', iter=3, seed='d',
+                  dataset_meta=dict(classes=('x', )), time='now'),
+        message_hub=dict(
+            log_scalars=dict(loss='x'), resumed_keys=dict(a=True, b='c'),
+            runtime_info=dict(
+                cfg='a', best_ckpt='/etc', last_ckpt='b', best_score=0.5,
+                keep_ckpt_ids=[1, 2], other_ids=['../x'], iter=3))))
+    assert content['meta'] == dict(
+        iter=3, dataset_meta=dict(classes=('x', )), time='now')
+    assert content['message_hub'] == dict(
+        log_scalars={}, resumed_keys=dict(a=True), runtime_info=dict(
+            best_score=0.5, keep_ckpt_ids=[1, 2], iter=3))
+
+
+@pytest.mark.parametrize('state', [3, None, 'weights', [1], {3: 4},
+                                   {'\x1b[31m': torch.ones(1)},
+                                   {'a\nb': torch.ones(1)},
+                                   {'\ud800': torch.ones(1)}])
+def test_state_dicts_that_are_none(state):
+    with pytest.raises(CheckpointFileError) as error:
+        without_orders(dict(state_dict=state))
+    assert str(error.value).isprintable()
+
+
+def make_optimizer(arch, **options):
+    model = Model(arch)
+    wrapper = OptimWrapper(torch.optim.AdamW(model.parameters(), lr=0.1,
+                                             **options))
+    for param in model.parameters():
+        param.grad = torch.ones_like(param)
+    wrapper.optimizer.step()
+    return wrapper
+
+
+def change_state(state, **changes):
+    state = copy.deepcopy(state)
+    for values in state['state'].values():
+        values.update(changes)
+    return state
+
+
+def test_state_of_another_optimizer_is_refused(arch):
+    wrapper = make_optimizer(arch, fused=True)
+    state = wrapper.state_dict()
+    wrapper.load_state_dict(copy.deepcopy(state))
+    cases = dict(
+        shape=change_state(state, exp_avg=torch.ones(1000)),
+        smaller=change_state(state, exp_avg_sq=torch.ones(1, 1)),
+        text=change_state(state, exp_avg='x'),
+        lr=dict(state, param_groups=[dict(state['param_groups'][0], lr='x')]),
+        betas=dict(state, param_groups=[
+            dict(state['param_groups'][0], betas=(0.9, ))]),
+        fewer=dict(state, param_groups=[
+            dict(state['param_groups'][0], params=[0])]),
+        nothing={}, number=3)
+    cases['unknown'] = change_state(state, momentum_buffer=torch.ones(()))
+    for case in cases.values():
+        with pytest.raises(CheckpointMismatchError, match='optimizer'):
+            make_optimizer(arch, fused=True).load_state_dict(case)
+
+
+def test_state_of_another_scheduler_is_refused(arch):
+    wrapper = make_optimizer(arch)
+    scheduler = MultiStepLR(wrapper, milestones=[3], by_epoch=False)
+    state = scheduler.state_dict()
+    scheduler.load_state_dict(copy.deepcopy(state))
+    for case in (dict(state, _get_value=3), dict(state, last_step='x'),
+                 dict(state, milestones=['a']), 3, dict(optimizer=None)):
+        with pytest.raises(CheckpointMismatchError, match='MultiStepLR'):
+            scheduler.load_state_dict(case)
+
+
+STOCK = """
+import sys
+from mmengine.config import Config
+from mmengine.runner import Runner
+assert not any(name.startswith('convnext_mm') for name in sys.modules)
+cfg = Config.fromfile(sys.argv[1])
+cfg.work_dir = sys.argv[2]
+cfg.load_from, cfg.resume = sys.argv[3], sys.argv[4] == 'resume'
+cfg.custom_hooks = []
+try:
+    Runner.from_cfg(cfg).train()
+except Exception as error:
+    print('outcome:', type(error).__name__)
+else:
+    print('outcome: trained')
+"""
+INFER = """
+import sys
+from mmdet.apis import DetInferencer, init_detector
+assert not any(name.startswith('convnext_mm') for name in sys.modules)
+for call in (lambda: init_detector(sys.argv[1], sys.argv[3], device='cpu'),
+             lambda: DetInferencer(sys.argv[2], sys.argv[3], 'cpu'),
+             lambda: DetInferencer(None, sys.argv[3], 'cpu')):
+    try:
+        call()
+        print('outcome: loaded')
+    except Exception as error:
+        print('outcome:', type(error).__name__)
+"""
+
+
+@pytest.fixture(scope='module')
+def world(tmp_path_factory):
+    pytest.importorskip('mmdet')
+    doors = pytest.importorskip('doors')
+    folder = tmp_path_factory.mktemp('world')
+    subprocess.run([sys.executable, '-W', 'ignore', doors.__file__,
+                    str(folder)], input='', check=True, text=True,
+                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    # What a config has to say for inferencers, which read weights first.
+    cfg = Config.fromfile(folder / 'detector.py')
+    cfg.custom_imports = dict(imports=['convnext_mm'])
+    cfg.dump(folder / 'importing.py')
+    return folder
+
+
+def run_alone(program, *args):
+    result = subprocess.run(
+        [sys.executable, '-W', 'ignore', '-c', program, *map(str, args)],
+        capture_output=True, text=True, cwd=ROOT, timeout=120)
+    return [line[9:] for line in result.stdout.splitlines()
+            if line.startswith('outcome:')] or result.stderr
+
+
+def with_orders(world, tmp_path, **meta):
+    """A valid run whose strings act where they are run."""
+    run = torch.load(world / 'checkpoints.pth', weights_only=False)['detector']
+    run['meta'].update(config=PAYLOAD, cfg=PAYLOAD)
+    run['message_hub']['runtime_info'].update(cfg=PAYLOAD)
+    torch.save(run, tmp_path / 'orders.pth')
+    return tmp_path / 'orders.pth'
+
+
+@pytest.mark.parametrize('mode', ['load', 'resume'])
+def test_stock_runner(mode, world, tmp_path, evil, canary):
+    """With no import but MMEngine's of a type in the config."""
+    config = world / 'detector.py'
+    assert run_alone(STOCK, config, tmp_path, evil, mode) == [
+        'UnsafeCheckpointError']
+    orders = with_orders(world, tmp_path)
+    assert run_alone(STOCK, config, tmp_path, orders, mode) == ['trained']
+    assert not canary.exists()
+
+
+def test_stock_inferencers(world, tmp_path, evil, canary):
+    configs = world / 'detector.py', world / 'importing.py'
+    assert run_alone(INFER, *configs, evil) == 2 * [
+        'UnsafeCheckpointError'] + ['CheckpointFileError']
+    orders = with_orders(world, tmp_path)
+    assert run_alone(INFER, *configs, orders) == [
+        'loaded', 'loaded', 'CheckpointFileError']
+    assert not canary.exists()
+
+
+def test_the_orders_would_act(world, tmp_path, canary):
+    """The control: MMEngine alone runs them, and deletes what they name."""
+    orders = with_orders(world, tmp_path)
+    program = STOCK.replace('Runner.from_cfg(cfg)', """
+import convnext_mm
+from convnext_mm.checkpoint import gate
+from mmengine.runner import checkpoint
+checkpoint.CheckpointLoader.load_checkpoint = staticmethod(
+    lambda name, *args, **kwargs: __import__('torch').load(
+        name, weights_only=False))
+runner = Runner.from_cfg(cfg)
+runner""".replace('\n', '\n    '))
+    run_alone(program, world / 'detector.py', tmp_path / 'a', orders, 'resume')
+    assert canary.exists()
+
+
+@pytest.mark.parametrize('kind', ['file', 'folder'])
+def test_paths_in_a_checkpoint_are_not_deleted(kind, world, tmp_path):
+    run = torch.load(world / 'checkpoints.pth', weights_only=False)['detector']
+    victim = tmp_path / 'victim'
+    victim.mkdir()
+    (victim / 'file').touch()
+    run['message_hub']['runtime_info'].update(
+        best_ckpt=str(victim / 'file' if kind == 'file' else victim),
+        best_score=-1.)
+    run['message_hub']['resumed_keys'].update(best_ckpt=True, best_score=True)
+    path = tmp_path / 'run.pth'
+    torch.save(run, path)
+    work_dir = tmp_path / 'work'
+    subprocess.run(
+        [sys.executable, '-W', 'ignore', 'tools/train.py',
+         str(world / 'detector.py'), '--work-dir', str(work_dir), '--resume',
+         str(path), '--cfg-options', 'custom_hooks=[]'],
+        cwd=ROOT, check=True, capture_output=True)
+    assert list(work_dir.glob('best_*.pth'))
+    assert (victim / 'file').exists()
+
+
+def test_the_best_checkpoint_is_replaced_after_a_resume(world, tmp_path):
+    """Found in the work folder; later ones and others' stay."""
+    run = torch.load(world / 'checkpoints.pth', weights_only=False)['detector']
+    run['message_hub']['runtime_info'].update(best_score=-1.)
+    run['message_hub']['resumed_keys'].update(best_score=True)
+    work_dir = tmp_path / 'work'
+    work_dir.mkdir()
+    torch.save(run, work_dir / 'iter_1.pth')
+    (work_dir / 'last_checkpoint').write_text(str(work_dir / 'iter_1.pth'))
+    for name in ('best_coco_bbox_mAP_iter_1.pth', 'best_of_mine.pth',
+                 'best_coco_bbox_mAP_iter_7.pth'):
+        (work_dir / name).touch()
+    subprocess.run(
+        [sys.executable, '-W', 'ignore', 'tools/train.py',
+         str(world / 'detector.py'), '--work-dir', str(work_dir), '--resume',
+         '--cfg-options', 'custom_hooks=[]'],
+        cwd=ROOT, check=True, capture_output=True)
+    assert {path.name for path in work_dir.glob('best_*')} == {
+        'best_coco_bbox_mAP_iter_2.pth', 'best_of_mine.pth',
+        'best_coco_bbox_mAP_iter_7.pth'}
+
+
+def run_tool(name, *args, **options):
+    return subprocess.run(
+        [sys.executable, '-W', 'ignore', f'tools/{name}.py', *map(str, args)],
+        cwd=ROOT, capture_output=True, text=True, timeout=120, **options)
+
+
+def special_files(folder):
+    os.mkfifo(folder / 'pipe')
+    (folder / 'empty.pth').touch()
+    return {
+        folder / 'pipe': 'not a regular file', folder: 'is a directory',
+        folder / 'empty.pth': 'is empty', folder / 'missing.pth':
+        'no such file', '~nosuchuser/x.pth': 'home'}
+
+
+@pytest.mark.parametrize('tool', ['train', 'test', 'convert_checkpoint'])
+def test_tools_say_what_a_path_is(tool, world, tmp_path, capsys):
+    """In one line; a pipe is not waited for."""
+    import doors
+    for path, reason in special_files(tmp_path).items():
+        args = dict(
+            train=[world / 'detector.py', '--resume', path],
+            test=[world / 'detector.py', path],
+            convert_checkpoint=[path, tmp_path / 'x.pth'])[tool]
+        try:
+            status = doors.load_tool(tool).main(list(map(str, args)))
+        except SystemExit as error:
+            status, message = 1, error.code
+        else:
+            message = capsys.readouterr().err.strip()
+        assert status == 1 and message.startswith('error: ')
+        assert reason in message and '\n' not in message
+
+
+def test_resume_of_weights_says_so(world, tmp_path):
+    content = torch.load(world / 'checkpoints.pth', weights_only=False)
+    torch.save(dict(state_dict=content['detector']['state_dict']),
+               tmp_path / 'a.pth')
+    result = run_tool('train', world / 'detector.py', '--resume',
+                      tmp_path / 'a.pth', '--work-dir', tmp_path,
+                      '--cfg-options', 'custom_hooks=[]')
+    assert result.returncode == 1
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith('error: ') and 'leave out --resume' in last
+
+
+def test_names_that_are_no_unicode(tmp_path, weights):
+    path = os.fsencode(tmp_path) + b'/caf\xe9.pth'
+    with open(path, 'wb') as file:
+        file.write(zipped(weights))
+    state = convnext_mm.load_checkpoint(os.fsdecode(path))
+    assert state.keys() == weights.keys()
+    result = run_tool('convert_checkpoint', os.fsdecode(path),
+                      tmp_path / 'b.pth')
+    assert result.returncode == 0 and 'caf\\udce9' in result.stdout
+
+
+def test_convert_to_safetensors_of_tensors_that_share_memory(tmp_path,
+                                                             weights):
+    flat = torch.cat([t.flatten() for t in weights.values()])
+    parts = flat.split([t.numel() for t in weights.values()])
+    views = {k: part.view(t.shape)
+             for (k, t), part in zip(weights.items(), parts)}
+    views['stages.1.0.norm.bias'] = views['stages.1.1.norm.bias']
+    torch.save(views, tmp_path / 'a.pth')
+    for suffix in ('safetensors', 'pth'):
+        target = tmp_path / f'b.{suffix}'
+        result = run_tool('convert_checkpoint', tmp_path / 'a.pth', target)
+        assert result.returncode == 0, result.stderr
+        state = convnext_mm.load_checkpoint(target)
+        assert all(torch.equal(state[key], views[key]) for key in views)
+
+
+@pytest.mark.parametrize('suffix', ['pth', 'safetensors'])
+def test_convert_to_a_full_disk(suffix, tmp_path, weights):
+    torch.save(weights, tmp_path / 'a.pth')
+    import resource
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+    result = run_tool('convert_checkpoint', tmp_path / 'a.pth',
+                      tmp_path / f'b.{suffix}', preexec_fn=limit)
+    assert result.returncode == 1
+    assert 'cannot be written' in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ['a.pth']
+
+
+def test_configs_of_ours_import_the_gate():
+    """Inferencers read weights before they build what would import it."""
+    paths = [path for path in (ROOT / 'configs').rglob('*.py')
+             if '_base_' not in path.parts]
+    for path in paths:
+        cfg = Config.fromfile(path, import_custom_modules=False)
+        assert cfg.custom_imports.imports == ['convnext_mm'], path
+
+
+def test_average_without_a_backbone_is_refused(arch):
+    from mmengine.model import ExponentialMovingAverage
+    average = ExponentialMovingAverage(Model(arch))
+    state = {key: tensor for key, tensor in average.state_dict().items()
+             if 'backbone' not in key}
+    with pytest.raises(CheckpointError, match='no weights'):
+        average.load_state_dict(state, strict=False)
+
+
+def test_json_of_results_is_of_this_set():
+    """The table in the docs counts what the tests count."""
+    path = ROOT / 'benchmarks/checkpoint_attacks.json'
+    rows = json.loads(path.read_text())
+    assert {outcome for row in rows.values() for outcome in row} <= {
+        'right', 'refused'}
