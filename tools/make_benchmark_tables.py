@@ -1,9 +1,11 @@
-"""Writes the tables of README.md and docs/performance.md that results in
+"""Writes the tables of README.md and of pages in docs/ that results in
 benchmarks/ fill, between their marks; with --check only says whether they are
 current (status 1 if not)."""
 import argparse
 import json
 import re
+from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Callable, Dict, List, NamedTuple, Optional, Sequence
 
@@ -177,9 +179,34 @@ def readme_table(results: Dict[str, Result]) -> str:
     return markdown(rows)
 
 
+def attack_table(results: Dict[str, Result], by_door: bool = True) -> str:
+    """What tests/checkpoint/test_attacks.py counted: outcomes of each door, or
+    of each kind of file at all doors."""
+    counted = json.loads(
+        (ROOT / 'benchmarks/checkpoint_attacks.json').read_text())
+    totals: Dict[str, Counter] = {}
+    for door, groups in counted.items():
+        for group, outcomes in groups.items():
+            totals.setdefault(door if by_door else group,
+                              Counter()).update(outcomes)
+    totals['**all**'] = sum(totals.values(), Counter())
+    rows = [['door' if by_door else 'files', 'tried', 'loaded, all right',
+             'refused', 'anything else']]
+    for name, outcomes in totals.items():
+        tried, right = sum(outcomes.values()), outcomes['right']
+        refused = outcomes['refused']
+        rows.append([name, *map(str, (tried, right, refused,
+                                      tried - right - refused))])
+    return markdown(rows)
+
+
 TABLES: Dict[str, Dict[str, Callable[[Dict[str, Result]], str]]] = {
     'README.md': dict(ratios=readme_table),
     'docs/performance.md': dict(measured=measured_table, ratios=ratio_table),
+    'docs/checkpoints.md': {
+        'attacks by door': attack_table,
+        'attacks by file': partial(attack_table, by_door=False)
+    },
 }
 
 

@@ -250,4 +250,5 @@ def _describe(refused: Iterable[str]) -> str:
     more = f' and {len(names) - 5} more' if len(names) > 5 else ''
     return (f'the pickle asks for {", ".join(names[:5])}{more}: only tensors, '
             'plain containers, dates, paths, argparse.Namespace, NumPy numbers '
-            "and MMEngine's history are read; nothing was executed")
+            "and MMEngine's history are read (of a model, save the "
+            'state_dict()); nothing was executed')

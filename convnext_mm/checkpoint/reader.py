@@ -234,7 +234,7 @@ def _find_reader(file: BinaryIO) -> Reader:
                                   '0.4); unpack or re-save it first')
     for magic, kind in OTHER_FORMATS.items():
         if head.startswith(magic):
-            raise CheckpointFileError(f'is {kind}, not a checkpoint')
+            raise CheckpointFileError(f'is not a checkpoint but {kind}')
     raise CheckpointFileError(
         'is neither a file of torch.save nor safetensors; the download may '
         'have been cut or changed')
@@ -284,7 +284,13 @@ def _unpickle(data: bytes, load_storage: LoadStorage) -> Any:
     # What torch.load(weights_only=True) calls. That function itself looks the
     # records of an archive up in its own way, whatever was checked before, and
     # gives storages without data the memory as it happens to be.
-    from torch._weights_only_unpickler import Unpickler
+    try:
+        from torch._weights_only_unpickler import Unpickler
+    except ImportError as error:
+        raise UnsafeCheckpointError(
+            f'is a pickle, and in torch {torch.__version__} this reader does '
+            'not find the unpickler of weights_only=True: use a .safetensors '
+            'file, or the version of torch that this project proves') from error
     storages: Dict[str, torch.UntypedStorage] = {}
     sizes: Dict[str, int] = {}
 

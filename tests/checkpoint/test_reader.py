@@ -4,9 +4,9 @@ import collections
 import os
 import pickle
 import socket
-import time
+import sys
 
-import hostile
+import attacks
 import numpy as np
 import pytest
 import torch
@@ -17,9 +17,6 @@ from convnext_mm.checkpoint import (CheckpointFileError,
                                     UnsafeCheckpointError, read_checkpoint)
 from convnext_mm.checkpoint.reader import TRUST_VARIABLE
 
-# Above this the report of an input counts as a hang; the slowest takes 3 s.
-LIMIT = 30
-
 
 @pytest.fixture
 def canary(tmp_path, monkeypatch):
@@ -29,43 +26,35 @@ def canary(tmp_path, monkeypatch):
     return path
 
 
-@pytest.mark.parametrize('group', hostile.GROUPS)
-def test_hostile_files(group, weights, tmp_path, canary, record):
+@pytest.mark.parametrize('group', attacks.HOSTILE)
+def test_messages_name_the_file(group, weights, tmp_path, canary):
     path = tmp_path / 'hostile.pth'
-    outcomes = collections.Counter()
-    for name, data in hostile.GROUPS[group](weights):
+    for name, data in attacks.GROUPS[group](attacks.Source(weights)):
         path.write_bytes(data)
-        start = time.time()
         with pytest.raises(CheckpointError) as error:
             load_checkpoint(path)
-        assert time.time() - start < LIMIT, name
         assert not canary.exists(), f'{name} was executed'
         message = str(error.value)
         assert str(path) in message and len(message) > len(str(path)) + 12
-        outcomes[error.type.__name__] += 1
-    record('checkpoint_hostile', group, dict(outcomes))
-
-
-def test_at_least_200_hostile_files(weights):
-    assert sum(1 for make in hostile.GROUPS.values()
-               for _ in make(weights)) >= 200
+        assert message.isprintable()
 
 
 def test_payloads_would_act(weights, tmp_path, canary):
     """The control: without protection the same files do run code."""
     path = tmp_path / 'hostile.pth'
-    path.write_bytes(dict(hostile.containers(weights))['value-zip'])
+    source = attacks.Source(weights)
+    path.write_bytes(dict(attacks.containers(source))['value-zip'])
     torch.load(path, weights_only=False)
     assert canary.exists()
     canary.unlink()
-    path.write_bytes(dict(hostile.calls(weights))['eval'])
+    path.write_bytes(dict(attacks.calls(source))['eval'])
     torch.load(path, weights_only=False)
     assert canary.exists()
 
 
 def test_what_is_refused_is_named(weights, tmp_path):
     path = tmp_path / 'hostile.pth'
-    path.write_bytes(dict(hostile.calls(weights))['os.system'])
+    path.write_bytes(dict(attacks.calls(attacks.Source(weights)))['os.system'])
     with pytest.raises(UnsafeCheckpointError,
                        match="asks for 'os.system'.*nothing was executed"):
         read_checkpoint(path)
@@ -94,16 +83,13 @@ def special_files(folder):
     }
 
 
-def test_special_files(tmp_path, record):
-    outcomes = collections.Counter()
+def test_special_files(tmp_path):
     for path in special_files(tmp_path).values():
-        with pytest.raises(CheckpointFileError) as error:
+        with pytest.raises(CheckpointFileError):
             load_checkpoint(path)
-        outcomes[error.type.__name__] += 1
-    record('checkpoint_hostile', 'no ordinary file', dict(outcomes))
 
 
-def test_no_permission(tmp_path, weights, monkeypatch, record):
+def test_no_permission(tmp_path, weights, monkeypatch):
     path = tmp_path / 'weights.pth'
     torch.save(weights, path)
     path.chmod(0)
@@ -111,10 +97,8 @@ def test_no_permission(tmp_path, weights, monkeypatch, record):
         def refuse(*args):
             raise PermissionError(13, 'Permission denied')
         monkeypatch.setattr('os.open', refuse)
-    with pytest.raises(CheckpointFileError, match='permissions') as error:
+    with pytest.raises(CheckpointFileError, match='permissions'):
         load_checkpoint(path)
-    record('checkpoint_hostile', 'no permission',
-           {error.type.__name__: 1})
 
 
 @pytest.fixture
@@ -171,7 +155,7 @@ def test_statistics_of_a_file_do_not_replace_mmengines(tmp_path):
 
 def test_lists_of_other_libraries_do_not_count(weights, tmp_path, canary):
     path = tmp_path / 'hostile.pth'
-    path.write_bytes(dict(hostile.calls(weights))['getattr'])
+    path.write_bytes(dict(attacks.calls(attacks.Source(weights)))['getattr'])
     torch.serialization.add_safe_globals([getattr, eval])
     try:
         with pytest.raises(UnsafeCheckpointError):
@@ -194,8 +178,17 @@ def test_old_torch_refuses_pickles_but_reads_safetensors(
     assert load_checkpoint(tmp_path / 'a.pth', trust_pickle=True)
 
 
+def test_torch_without_its_unpickler_refuses_pickles(weights, tmp_path,
+                                                     monkeypatch):
+    """Never another way of reading them."""
+    torch.save(weights, tmp_path / 'a.pth')
+    monkeypatch.setitem(sys.modules, 'torch._weights_only_unpickler', None)
+    with pytest.raises(UnsafeCheckpointError, match='safetensors'):
+        load_checkpoint(tmp_path / 'a.pth')
+
+
 def test_vouching_is_for_one_file(weights, tmp_path, canary, monkeypatch):
-    data = dict(hostile.containers(weights))['value-zip']
+    data = dict(attacks.containers(attacks.Source(weights)))['value-zip']
     for name in ('mine.pth', 'other.pth'):
         (tmp_path / name).write_bytes(data)
     monkeypatch.setenv(TRUST_VARIABLE, str(tmp_path / 'mine.pth'))

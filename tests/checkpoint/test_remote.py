@@ -1,5 +1,4 @@
 """Remote checkpoints, from servers on loopback."""
-import collections
 import errno
 import hashlib
 import io
@@ -379,9 +378,8 @@ def faulty_servers(content):
     }
 
 
-def test_faulty_servers(server, content, record):
+def test_faulty_servers(server, content):
     server.files.update(faulty_servers(content))
-    outcomes = collections.Counter()
     for path in server.files:
         start = time.time()
         with pytest.raises(CheckpointError) as error:
@@ -390,8 +388,6 @@ def test_faulty_servers(server, content, record):
         assert server.url + path in str(error.value) or path == '/cut.pth'
         # Truncated on the server: complete as far as a download can tell.
         assert [p.name for p in cached() if p.name != 'cut.pth'] == []
-        outcomes[error.type.__name__] += 1
-    record('checkpoint_hostile', 'faulty servers', dict(outcomes))
 
 
 BAD_ADDRESSES = [
@@ -405,15 +401,12 @@ BAD_ADDRESSES = [
 ]
 
 
-def test_bad_addresses(server, record):
-    outcomes = collections.Counter()
+def test_bad_addresses(server):
     for source in BAD_ADDRESSES:
         with pytest.raises(CheckpointError) as error:
             load_checkpoint(source)
         assert source in str(error.value)
-        outcomes[error.type.__name__] += 1
     assert not cached()
-    record('checkpoint_hostile', 'bad addresses', dict(outcomes))
 
 
 UNPRINTABLE = [
