@@ -4,6 +4,7 @@ import importlib.util
 from pathlib import Path
 
 import pytest
+import torch
 from mmengine.config import Config
 
 from convnext_mm.datasets import write_shapes
@@ -64,11 +65,20 @@ def test_missing_image_folder(tmp_path):
                                         str(tmp_path))
 
 
-def test_missing_checkpoints():
-    assert "'none.pth' does not exist" in message('test', DEMO, 'none.pth')
-    assert "'none.pth' does not exist" in message('train', DEMO, '--resume',
-                                                  'none.pth')
-    assert '.pkl' in message('test', DEMO, 'LICENSE', '--out', 'a.json')
+@pytest.fixture
+def checkpoint(tmp_path):
+    path = tmp_path / 'checkpoint.pth'
+    torch.save({}, path)
+    return str(path)
+
+
+def test_missing_checkpoints(checkpoint):
+    for path, reason in (('none.pth', 'no such file'), ('configs', 'directory'),
+                         ('LICENSE', 'neither a file of torch.save nor')):
+        for args in (('test', DEMO, path), ('train', DEMO, '--resume', path)):
+            said = message(*args)
+            assert f'{path}: ' in said and reason in said
+    assert '.pkl' in message('test', DEMO, checkpoint, '--out', 'a.json')
 
 
 def test_auto_scale_lr_needs_a_base_batch_size():
@@ -167,21 +177,20 @@ def test_a_gpu_config_stays_as_it_is():
     assert before.to_dict() == after.to_dict()
 
 
-def test_amp_and_resume_arguments(tmp_path):
+def test_amp_and_resume_arguments(tmp_path, checkpoint):
     write_shapes(tmp_path, 1, 1, 64)
     train = tool('train')
     common = [DEMO, '--data-root', str(tmp_path)]
     cfg = train.prepare(train.parse_args([*common, '--resume']))
     assert cfg.resume is True and cfg.load_from is None
-    cfg = train.prepare(
-        train.parse_args([*common, '--resume', str(ROOT / 'LICENSE')]))
-    assert cfg.load_from == str(ROOT / 'LICENSE')
+    cfg = train.prepare(train.parse_args([*common, '--resume', checkpoint]))
+    assert cfg.load_from == checkpoint
 
 
-def test_show_dir_switches_the_hook_on(tmp_path):
+def test_show_dir_switches_the_hook_on(tmp_path, checkpoint):
     write_shapes(tmp_path, 1, 1, 64)
     test = tool('test')
     cfg = test.prepare(test.parse_args(
-        [DEMO, 'LICENSE', '--data-root', str(tmp_path), '--show-dir', 'x']))
+        [DEMO, checkpoint, '--data-root', str(tmp_path), '--show-dir', 'x']))
     assert cfg.default_hooks.visualization.draw is True
     assert cfg.default_hooks.visualization.test_out_dir == 'x'

@@ -200,12 +200,25 @@ def attack_table(results: Dict[str, Result], by_door: bool = True) -> str:
     return markdown(rows)
 
 
+def mutation_table(results: Dict[str, Result]) -> str:
+    """What became of valid files with random changes."""
+    counted = json.loads((ROOT / 'benchmarks/checkpoint_mutated.json'
+                          ).read_text())['load_checkpoint()']
+    kinds = ('right', 'refused', 'other numbers')
+    return markdown([
+        ['files changed', 'loaded, all right', 'refused',
+         'other numbers, where the format cannot tell', 'anything else'],
+        [str(sum(counted.values())), *(str(counted.get(k, 0)) for k in kinds),
+         str(sum(n for k, n in counted.items() if k not in kinds))]])
+
+
 TABLES: Dict[str, Dict[str, Callable[[Dict[str, Result]], str]]] = {
     'README.md': dict(ratios=readme_table),
     'docs/performance.md': dict(measured=measured_table, ratios=ratio_table),
     'docs/checkpoints.md': {
         'attacks by door': attack_table,
-        'attacks by file': partial(attack_table, by_door=False)
+        'attacks by file': partial(attack_table, by_door=False),
+        'mutations': mutation_table
     },
 }
 

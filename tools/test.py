@@ -38,10 +38,10 @@ def prepare(args: argparse.Namespace):
     Raises:
         ValueError: A path or setting is wrong; says which and what to do.
     """
-    check_source(args.checkpoint)
     if args.out and not args.out.endswith(('.pkl', '.pickle')):
         raise ValueError(f'--out must end in .pkl or .pickle, got {args.out}')
     cfg = load_config(args)
+    check_source(args.checkpoint)
     cfg.load_from = args.checkpoint
     if args.show or args.show_dir:
         draw_predictions(cfg, args)
