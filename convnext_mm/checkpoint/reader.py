@@ -33,6 +33,7 @@ TRUST_VARIABLE = 'CONVNEXT_MM_TRUST_PICKLE'
 # Older loaders have known ways around weights_only (CVE-2025-32434 and later).
 SAFE_TORCH = (2, 10)
 
+CHUNK = 1 << 20
 MAX_HEADER = 16 << 20  # of safetensors; an xlarge model's has 50 kB
 LEGACY_MAGIC = b'\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.'
 LEGACY_VERSION = 1001
@@ -325,8 +326,11 @@ def _fill(storage: torch.UntypedStorage, file: BinaryIO) -> None:
         return
     view = memoryview(
         torch.empty(0, dtype=torch.uint8).set_(storage).numpy())
-    if file.readinto(view) != len(view):
-        raise CheckpointFileError('it is truncated')
+    # Chunks that stay in the processor's cache.
+    for start in range(0, len(view), CHUNK):
+        chunk = view[start:start + CHUNK]
+        if file.readinto(chunk) != len(chunk):
+            raise CheckpointFileError('it is truncated')
 
 
 def _read_archive(file: BinaryIO, size: int) -> Any:
