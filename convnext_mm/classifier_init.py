@@ -1,7 +1,9 @@
 """Initial weights of a classifier's last layer."""
-from torch import nn
+from torch import Tensor, nn
 
-from .checkpoint import read_checkpoint
+from .checkpoint import CheckpointMismatchError, read_checkpoint
+from .checkpoint.errors import shown
+from .checkpoint.load import overflow
 from .checkpoint.remote import fetch
 from .registry import WEIGHT_INITIALIZERS, register
 
@@ -30,19 +32,26 @@ class ReleasedClassifierInit:
         """Fills ``module.fc``.
 
         Raises:
-            CheckpointError: The file cannot be fetched or read.
-            ValueError: It has no such layer, or one of another size.
+            CheckpointError: The file cannot be fetched or read, or has no such
+                layer, or one of another size.
         """
         state = read_checkpoint(fetch(self.checkpoint))
         state = state.get('model', state)
         state = state if isinstance(state, dict) else {}
         for name, param in module.fc.named_parameters():
             value = state.get(f'head.{name}')
-            shape = tuple(getattr(value, 'shape', ())) or 'none'
+            is_weight = isinstance(value, Tensor) and (
+                value.is_floating_point() and not value.is_meta)
+            shape = tuple(value.shape) if is_weight else 'none'
             if shape != tuple(param.shape):
-                raise ValueError(
-                    f'{self.checkpoint}: the classifier needs head.{name} of '
-                    f'{tuple(param.shape)}, found {shape}; for other classes '
-                    "start it anew with init_cfg=dict(type='TruncNormal', "
-                    "layer='Linear', std=2e-5)")
+                raise CheckpointMismatchError(
+                    f'{shown(self.checkpoint)}: the classifier needs '
+                    f'head.{name} of {tuple(param.shape)}, found {shape}; for '
+                    "other classes start it anew with init_cfg=dict("
+                    "type='TruncNormal', layer='Linear', std=2e-5)")
+            if overflow(value, param.dtype):
+                raise CheckpointMismatchError(
+                    f'{shown(self.checkpoint)}: head.{name} holds '
+                    f'{overflow(value, param.dtype):.3g}, more than '
+                    f'{param.dtype} can')
             param.data.copy_(value)

@@ -3,9 +3,8 @@ from numbers import Integral, Real
 from typing import Callable, Dict, List, Tuple
 
 from mmengine.logging import print_log
-from mmengine.optim import DefaultOptimWrapperConstructor, OptimWrapper
+from mmengine.optim import DefaultOptimWrapperConstructor
 from torch import nn
-from torch.optim import Optimizer
 
 from .backbone import ConvNeXt
 from .layer_id import DECAY_TYPES, default_num_layers, get_layer_id
@@ -15,29 +14,8 @@ PREFIX = 'backbone.'
 # Parameters of these kinds never get weight decay here, so 0 says nothing new.
 NO_DECAY_KEYS = ('norm_decay_mult', 'bias_decay_mult', 'flat_decay_mult')
 CUSTOM_OPTIONS = ('lr_mult', 'decay_mult')
-# How, not what, an optimizer computes.
-IMPLEMENTATION_KEYS = ('foreach', 'fused')
 PARAMWISE_KEYS = ('decay_rate', 'decay_type', 'num_layers', 'custom_keys',
                   'bypass_duplicate', *NO_DECAY_KEYS)
-
-
-def keep_implementation(optimizer: Optimizer, state_dict: dict) -> dict:
-    """A state to load, with the optimizer's own choice of implementation.
-
-    Parameter groups of a checkpoint bring ``fused`` and ``foreach`` along:
-    loaded as they are, they would undo what this run's config says, and a fused
-    optimizer that becomes a plain one fails under a loss scale.
-    """
-    own = optimizer.param_groups
-    groups = state_dict['param_groups']
-    if len(own) != len(groups):  # the optimizer refuses it and says so
-        return state_dict
-    return {
-        **state_dict, 'param_groups': [{
-            **group,
-            **{k: mine[k] for k in IMPLEMENTATION_KEYS if k in mine}
-        } for group, mine in zip(groups, own)]
-    }
 
 
 @register(OPTIM_WRAPPER_CONSTRUCTORS)
@@ -119,13 +97,6 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         if self.base_lr is None:
             raise ValueError('layer decay scales the learning rate: set lr in '
                              'optim_wrapper.optimizer')
-
-    def __call__(self, model: nn.Module) -> OptimWrapper:
-        """The optimizer wrapper of a model."""
-        optim_wrapper = super().__call__(model)
-        optim_wrapper.optimizer.register_load_state_dict_pre_hook(
-            keep_implementation)
-        return optim_wrapper
 
     @property
     def _decay_type(self) -> str:

@@ -5,10 +5,12 @@ import re
 from pathlib import Path
 
 from mmengine.hooks import CheckpointHook
+from mmengine.runner import EpochBasedTrainLoop
 from mmengine.runner import Runner as MMEngineRunner
 from torch.utils.data import DataLoader
 
-from .checkpoint import CheckpointError, CheckpointFileError
+from .checkpoint import (CheckpointError, CheckpointFileError,
+                         CheckpointMismatchError)
 from .checkpoint.errors import shown
 from .data_check import check_dataset, explain_failure, leaf_configs
 
@@ -63,6 +65,13 @@ class Runner(MMEngineRunner):
         """As MMEngine's; which best checkpoint the next better one replaces is
         found in the work folder: paths in a checkpoint are not followed."""
         super().resume(*args, **kwargs)
+        loop = self.train_loop
+        unit = 'epoch' if isinstance(loop, EpochBasedTrainLoop) else 'iter'
+        end = getattr(loop, f'max_{unit}s', self.iter)
+        if getattr(self, unit) > end:
+            raise CheckpointMismatchError(
+                f'it was saved after {unit} {getattr(self, unit)}, and this '
+                f'run ends at {end}: raise train_cfg.max_{unit}s')
         for hook in self.hooks:
             if not isinstance(hook, CheckpointHook) or not hook.save_best:
                 continue

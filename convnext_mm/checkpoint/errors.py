@@ -1,4 +1,6 @@
 """What can go wrong with a checkpoint, one class for each thing to do."""
+import os
+from numbers import Number
 
 
 class CheckpointError(ValueError):
@@ -26,10 +28,13 @@ class CheckpointDownloadError(CheckpointError):
     """A remote checkpoint could not be fetched."""
 
 
-def shown(text: object, limit: int = 200) -> str:
-    """A name or path from outside, as a message may hold it: what could move a
-    terminal's cursor or forge a line is escaped, the rest cut at ``limit``."""
+def shown(value: object, limit: int = 200) -> str:
+    """A name, path, number or error from outside, as a message may hold it:
+    what could move a terminal's cursor or forge a line is escaped, the rest cut
+    at ``limit``; of other values only the type, as they may be without end."""
+    if not isinstance(value, (str, os.PathLike, Number, Exception)):
+        value = f'a {type(value).__name__}'
     text = ''.join(
         c if c.isprintable() else c.encode('unicode_escape').decode('ascii')
-        for c in str(text)[:limit + 1])
+        for c in str(value)[:limit + 1])
     return text if len(text) <= limit else f'{text[:limit]}...'

@@ -11,16 +11,16 @@ convnext_mm itself when it builds a type of this package. From then on
 - do not take the state of an optimizer or scheduler that is not theirs.
 """
 import inspect
+import re
 from collections import OrderedDict
 from collections.abc import Mapping
-from numbers import Number
-from typing import Any, Dict, Iterator, Tuple, Union
+from numbers import Real
+from typing import Any, Dict, Iterator, Union
 
 import torch
 from mmengine.infer.infer import BaseInferencer
 from mmengine.logging import HistoryBuffer, print_log
-from mmengine.model import (BaseModule, BaseTTAModel, PretrainedInit,
-                            is_model_wrapper, update_init_info)
+from mmengine.model import BaseModule, PretrainedInit, update_init_info
 from mmengine.optim import OptimWrapper, _ParamScheduler
 from mmengine.registry import WEIGHT_INITIALIZERS
 from mmengine.runner import checkpoint as mmengine_checkpoint
@@ -28,8 +28,8 @@ from torch import Tensor, nn
 
 from .errors import (CheckpointDownloadError, CheckpointError,
                      CheckpointFileError, CheckpointMismatchError, shown)
-from .families import recognise
-from .load import AnyFamily, load_pretrained
+from .families import quoted, recognise
+from .load import AnyFamily, NoWeightsError, load_pretrained
 from .reader import read_checkpoint
 from .remote import fetch
 
@@ -40,11 +40,13 @@ NAMED_ADDRESSES = {
     'open-mmlab': mmengine_checkpoint.get_external_models,
     'openmmlab': mmengine_checkpoint.get_external_models,
 }
+# How an optimizer computes, not what.
+IMPLEMENTATION_KEYS = ('fused', 'foreach', 'capturable', 'differentiable')
 _load_state_dict = mmengine_checkpoint.load_state_dict
 _initialize = PretrainedInit.__call__
 _init_weights = BaseModule.init_weights
 _init_inferencer_model = BaseInferencer._init_model
-_load_optimizer = OptimWrapper.load_state_dict
+_init_optim_wrapper = OptimWrapper.__init__
 _load_scheduler = _ParamScheduler.load_state_dict
 
 
@@ -56,7 +58,7 @@ def install() -> None:
     PretrainedInit.__call__ = initialize
     BaseModule.init_weights = init_weights
     BaseInferencer._init_model = init_inferencer_model
-    OptimWrapper.load_state_dict = load_optimizer
+    OptimWrapper.__init__ = init_optim_wrapper
     _ParamScheduler.load_state_dict = load_scheduler
 
 
@@ -120,16 +122,30 @@ def without_orders(content: Dict[str, Any]) -> Dict[str, Any]:
         if key not in ('config', 'cfg') and not (
             key in ('epoch', 'iter', 'seed') and not _is_count(value))
     }
+    optimizer = content.get('optimizer')
+    if isinstance(optimizer, dict):
+        # Not of the optimizer's own state, which it looks at itself.
+        for key in ('loss_scaler', 'base_param_settings'):
+            own = optimizer.get(key)
+            if own is not None and not (isinstance(own, dict) and all(
+                    _is_number(value) for name, value in own.items()
+                    if name in ('lr', 'scale', 'growth_factor',
+                                'backoff_factor', 'growth_interval',
+                                '_growth_tracker'))):
+                raise CheckpointFileError(
+                    f'the {key} of its optimizer holds {shown(own)} where '
+                    'numbers belong')
     hub = content.get('message_hub')
     if isinstance(hub, dict):
         content['message_hub'] = {
             name: {
                 key: value
                 for key, value in part.items()
-                if isinstance(key, str) and key.isprintable() and keep(value)
+                if isinstance(key, str) and key.isprintable()
+                and keep(key, value)
             }
             for name, keep in (('log_scalars', _is_history),
-                               ('runtime_info', _is_numbers),
+                               ('runtime_info', _is_info),
                                ('resumed_keys', _is_flag))
             for part in [hub.get(name)] if isinstance(part, dict)
         }
@@ -146,6 +162,11 @@ def _state_dict(state: Any, where: str) -> Dict[str, Any]:
             raise CheckpointFileError(
                 f'its {where} has the key {shown(key, 80)} '
                 f'({type(key).__name__}): names of weights are printable text')
+    # As MMEngine's runner cuts names.
+    if len({re.sub(r'^module.', '', key) for key in state}) < len(state):
+        raise CheckpointFileError(
+            f"its {where} has names with and without 'module.' before them, "
+            'two networks in one place: keep those of one')
     clean = OrderedDict(state)
     metadata = getattr(state, '_metadata', None)
     clean._metadata = OrderedDict(
@@ -160,64 +181,50 @@ def _is_count(value: Any) -> bool:
     return type(value) is int and value >= 0
 
 
-def _is_flag(value: Any) -> bool:
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) or isinstance(
+        value, Tensor) and value.numel() == 1 and not value.is_complex()
+
+
+def _is_flag(key: str, value: Any) -> bool:
     return type(value) is bool
 
 
-def _is_history(value: Any) -> bool:
+def _is_history(key: str, value: Any) -> bool:
     return isinstance(value, HistoryBuffer)
 
 
-def _is_numbers(value: Any) -> bool:
-    return isinstance(value, (Number, Tensor, type(None))) or isinstance(
-        value, (list, tuple)) and all(map(_is_count, value))
+def _is_info(key: str, value: Any) -> bool:
+    if key.startswith('keep_ckpt_ids'):
+        return type(value) is list and all(map(_is_count, value))
+    return value is None or _is_number(value)
 
 
-def load_state_dict(module: nn.Module,
-                    state_dict: Dict[str, Tensor],
-                    strict: bool = False,
-                    logger: Any = None) -> None:
-    """``mmengine.runner.checkpoint.load_state_dict`` that forgives a missing
-    head, and no missing backbone.
+def load_state_dict(module: nn.Module, state_dict: Dict[str, Tensor],
+                    *args: Any, **kwargs: Any) -> None:
+    """``mmengine.runner.checkpoint.load_state_dict``; where there is nothing
+    for a ConvNeXt, the refusal says where its weights lie instead.
 
     Raises:
         CheckpointMismatchError: ``state_dict`` has no weights, or not all, for
             a ConvNeXt in ``module``.
     """
-    for prefix, backbone in find_backbones(module):
-        if backbone.allow_partial or any(
-                key.startswith(prefix) for key in state_dict):
-            continue
-        found = recognise(
-            key for key in _nested_keys(state_dict) if isinstance(key, str))
+    try:
+        _load_state_dict(module, state_dict, *args, **kwargs)
+    except NoWeightsError as error:
+        found = recognise(_nested_names(state_dict))
         advice = (
-            f'its ConvNeXt lies behind {shown(found[0].prefix)!r}: to start '
+            f'its ConvNeXt lies behind {quoted(found[0].prefix)}: to start '
             "from a backbone, set init_cfg=dict(type='Pretrained', "
             'checkpoint=...) on the backbone, not on the whole model, and '
             'leave load_from out' if found else 'it has no ConvNeXt weights')
         raise CheckpointMismatchError(
-            f'{type(module).__name__} needs weights behind {prefix!r}, which '
-            f'the checkpoint does not have; {advice}')
-    _load_state_dict(module, state_dict, strict, logger)
+            f'loading {type(module).__name__}: {error}; {advice}') from error
 
 
-def find_backbones(module: nn.Module,
-                   prefix: str = '') -> Iterator[Tuple[str, AnyFamily]]:
-    """Every ConvNeXt in a model, and what precedes its names in the model's
-    state dict. Wrappers (of distributed training, of test-time augmentation)
-    have no part in names."""
-    if is_model_wrapper(module) or isinstance(module, BaseTTAModel):
-        module = module.module
-    if isinstance(module, AnyFamily):
-        yield prefix, module
-        return
-    for name, child in module.named_children():
-        yield from find_backbones(child, f'{prefix}{name}.')
-
-
-def _nested_keys(state_dict: Mapping) -> Iterator[str]:
+def _nested_names(state_dict: Mapping) -> Iterator[str]:
     for key, value in state_dict.items():
-        yield key
+        yield str(key)
         if isinstance(value, Mapping):
             yield from (f'{key}.{inner}' for inner in value)
 
@@ -300,58 +307,85 @@ def init_inferencer_model(inferencer: BaseInferencer, cfg: Any,
     return _init_inferencer_model(inferencer, cfg, weights, *args, **kwargs)
 
 
-def load_optimizer(wrapper: OptimWrapper, state_dict: Dict[str, Any]) -> None:
-    """``OptimWrapper.load_state_dict``; fused optimizers do not check that the
-    state has the shapes of the parameters, and would write beyond it.
+def init_optim_wrapper(wrapper: OptimWrapper, *args: Any,
+                       **kwargs: Any) -> None:
+    """``OptimWrapper.__init__``; the optimizer takes its own state only."""
+    _init_optim_wrapper(wrapper, *args, **kwargs)
+    wrapper.optimizer.register_load_state_dict_pre_hook(check_state)
+
+
+def check_state(optimizer: torch.optim.Optimizer,
+                state_dict: Dict[str, Any]) -> Dict[str, Any]:
+    """Looks at a state to load (fused optimizers do not, and would write beyond
+    it), and gives it this run's choice of implementation: ``fused`` and
+    ``foreach`` come along with a checkpoint, and would undo what the config
+    says.
 
     Raises:
-        CheckpointMismatchError: It is the state of another model or optimizer.
+        CheckpointMismatchError: It is of another model or optimizer.
     """
-    optimizer = wrapper.optimizer
-    options = [dict(group) for group in optimizer.param_groups]
-    try:
-        _load_optimizer(wrapper, state_dict)
-    except Exception as error:  # torch raises several types
+    own, groups = optimizer.param_groups, state_dict.get('param_groups')
+    states = state_dict.get('state')
+    if not (isinstance(groups, list) and isinstance(states, dict)
+            and len(groups) == len(own) and all(
+                isinstance(group, dict) and type(group.get('params')) is list
+                and len(group['params']) == len(mine['params'])
+                for group, mine in zip(groups, own))):
         raise CheckpointMismatchError(
-            'the state of the optimizer is not of this model and optimizer '
-            f'({type(error).__name__}: {shown(error)})') from error
-    for before, group in zip(options, optimizer.param_groups):
-        for key, value in before.items():
-            # Schedulers add some, which they can add again.
-            if (key in group or key in optimizer.defaults
-                ) and key != 'params' and not _are_alike(
-                    group.get(key), value):
+            'the state of the optimizer has not the groups of parameters of '
+            f'this run ({[len(mine["params"]) for mine in own]})')
+    loaded = []
+    for mine, group in zip(own, groups):
+        for key in ('lr', *group):
+            if key in mine and key != 'params' and not _are_alike(
+                    group.get(key), mine[key]):
                 raise CheckpointMismatchError(
-                    f'the state of the optimizer has {key}='
-                    f'{shown(group.get(key), 40)} where this run has '
-                    f'{shown(value, 40)}')
-    own = _kept_for_a_parameter(optimizer)
-    for param, state in optimizer.state.items():
-        fits = state.keys() == own.keys() and all(
-            getattr(state[key], 'shape', None) == param.shape if is_map else
-            isinstance(state[key], (Number, Tensor))
-            for key, is_map in own.items())
-        if own and not fits:
-            raise CheckpointMismatchError(
-                'the state of the optimizer is not of this model and '
-                f'optimizer: for a parameter of {tuple(param.shape)} it has ' +
-                shown({key: getattr(value, 'shape', value)
-                       for key, value in state.items()}))
+                    f'the state of the optimizer has {shown(key)}='
+                    f'{shown(group.get(key))} where this run has '
+                    f'{shown(mine[key])}')
+        loaded.append({**group, **{key: mine[key] for key in
+                                   IMPLEMENTATION_KEYS if key in mine}})
+        kept = _kept_for_a_parameter(optimizer, {**mine, **loaded[-1]})
+        for index, param in zip(group['params'], mine['params']):
+            state = states.get(index) if type(index) is int else index
+            if state is not None and not (isinstance(state, dict) and (
+                    not kept or state.keys() == kept.keys() and all(
+                        _is_like(state[key], param) if is_map else
+                        _is_number(state[key])
+                        for key, is_map in kept.items()))):
+                raise CheckpointMismatchError(
+                    'the state of the optimizer is not of this model and '
+                    f'optimizer: for a parameter of {tuple(param.shape)} it '
+                    'has ' + (', '.join(
+                        f'{shown(key)} {tuple(getattr(value, "shape", ()))}'
+                        for key, value in state.items()) if isinstance(
+                            state, dict) else shown(state)))
+    return {**state_dict, 'param_groups': loaded}
 
 
-def _kept_for_a_parameter(optimizer: torch.optim.Optimizer
-                          ) -> Dict[str, bool]:
+def _is_like(value: Any, param: Tensor) -> bool:
+    """Whether a tensor has a parameter's shape, and memory for all of it."""
+    return (isinstance(value, Tensor) and value.shape == param.shape
+            and value.layout == param.layout and not value.is_complex()
+            and (value.is_contiguous() or value.stride() == param.stride()))
+
+
+def _kept_for_a_parameter(optimizer: torch.optim.Optimizer,
+                          group: Dict[str, Any]) -> Dict[str, bool]:
     """What one of torch's optimizers keeps for a parameter, tried on one, and
     whether in its shape; nothing where it is not torch's."""
     if not type(optimizer).__module__.startswith('torch.optim.'):
         return {}
     accepted = inspect.signature(type(optimizer)).parameters
-    options = {key: value for key, value in optimizer.defaults.items()
-               if key in accepted and key not in ('fused', 'capturable')}
+    options = {key: value for key, value in group.items() if key in accepted
+               and key not in ('params', *IMPLEMENTATION_KEYS)}
     param = nn.Parameter(torch.zeros(1))
     param.grad = torch.zeros(1)
-    trial = type(optimizer)([param], **options)
-    trial.step()
+    try:
+        trial = type(optimizer)([param], **options)
+        trial.step()
+    except (TypeError, ValueError):  # as L-BFGS, which wants a closure
+        return {}
     return {key: isinstance(value, Tensor) and value.dim() > 0
             for key, value in trial.state[param].items()}
 
@@ -369,7 +403,7 @@ def load_scheduler(scheduler: _ParamScheduler,
                     for key in state_dict)):
         raise CheckpointMismatchError(
             f'the state of a {type(scheduler).__name__} is not what this '
-            f'version of MMEngine keeps for one: {shown(state_dict)}')
+            'version of MMEngine keeps for one')
     _load_scheduler(scheduler, state_dict)
 
 
@@ -377,9 +411,8 @@ def _are_alike(value: Any, own: Any) -> bool:
     """Whether a stored setting has the type of a run's own."""
     if own is None or isinstance(own, bool):
         return value is None or isinstance(value, bool)
-    if isinstance(own, (Number, Tensor)):
-        return isinstance(value, (Number, Tensor)) and not isinstance(
-            value, bool)
+    if isinstance(own, (Real, Tensor)):
+        return _is_number(value) and not isinstance(value, bool)
     if isinstance(own, (list, tuple)):
         return isinstance(value, (list, tuple)) and len(value) == len(
             own) and all(map(_are_alike, value, own))

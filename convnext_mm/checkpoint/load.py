@@ -104,6 +104,10 @@ def without_final_norm(state: Mapping[str, Tensor],
     return {name: t for name, t in state.items() if name not in final}
 
 
+class NoWeightsError(CheckpointMismatchError):
+    """A model is loaded, and there is nothing for the ConvNeXt in it."""
+
+
 class AnyFamily(nn.Module):
     """A backbone that takes the weights of any family: all, or none and a
     ``CheckpointError``. Reached from every way to load a model that holds it.
@@ -138,6 +142,10 @@ def load_pretrained(backbone: AnyFamily,
     with _naming(source):
         fitted = fit(backbone, state, report)
     params = dict(backbone.named_parameters())
+    if any(param.is_meta for param in params.values()):
+        raise CheckpointMismatchError(
+            f'{shown(source)}: the backbone lies on the meta device, without '
+            "memory for weights: call to_empty(device='cpu') first")
     with torch.no_grad():
         for name, tensor in fitted.items():
             params[name].copy_(tensor)
@@ -168,7 +176,7 @@ def convert_in_place(backbone: AnyFamily, state_dict: Dict[str, Tensor],
     part = {key[len(prefix):]: state_dict[key] for key in keys}
     with _naming(where):
         if not keys:
-            raise CheckpointMismatchError(
+            raise NoWeightsError(
                 'there are no weights for the ConvNeXt (allow_partial=True on '
                 'it leaves it as it is)')
         state, report = convert(part)
@@ -220,7 +228,7 @@ def fit(backbone: nn.Module, state: Mapping[str, Tensor],
         name: value
         for name, param in params.items()
         if name in state and name not in wrong and
-        (value := _overflow(state[name], param.dtype))
+        (value := overflow(state[name], param.dtype))
     }
     if too_large:
         name, value = next(iter(too_large.items()))
@@ -292,7 +300,7 @@ def _place_last_norm(backbone: nn.Module, state: Dict[str, Tensor],
             logger='current')
 
 
-def _overflow(tensor: Tensor, dtype: torch.dtype) -> float:
+def overflow(tensor: Tensor, dtype: torch.dtype) -> float:
     """The largest finite magnitude in a tensor if ``dtype`` cannot hold it,
     else 0."""
     if torch.finfo(tensor.dtype).max <= torch.finfo(dtype).max:

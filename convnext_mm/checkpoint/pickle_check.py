@@ -30,10 +30,14 @@ DATES = tuple(f'datetime.{name}' for name in (
 # Named as the default of a defaultdict, and never called.
 ONLY_NAMED = tuple(f'builtins.{name}' for name in (
     'list', 'dict', 'int', 'float', 'str', 'bool'))
-# Python hashes integers modulo this: larger ones can be made to collide, and
-# so can tuples. A file with more than a few such keys is no checkpoint.
-HASH_MODULUS = 2**61 - 1
-MAX_ODD_KEYS = 1000
+# Large integers can be made to collide in a dictionary, and so can tuples. A
+# file with more than a few such keys is no checkpoint.
+LARGE_KEY = 2**20
+MAX_ODD_KEYS = 5000
+MAX_PARTS = 16
+# What calls may copy, in times the pickle: one that is used again and again
+# could make a small file a large one.
+MAX_COPIES = 8
 
 
 @dataclass(frozen=True)
@@ -44,14 +48,39 @@ class Name:
 
 @dataclass(frozen=True)
 class StandIn:
-    """For what a call gives: what was called."""
+    """For what a call gives: what was called, and with how much."""
     name: str
+    size: int = 1
 
 
 def _is_number_dtype(code: Any, *options: Any) -> bool:
     # Others can hold pointers, or be of any size.
-    return type(code) is str and re.fullmatch(r'[biufc]\d{1,2}',
+    return type(code) is str and re.fullmatch(r'[biufc]\d{1,2}|[SU]\d{1,3}',
                                               code) is not None
+
+
+def _is_dtype_state(state: Any) -> bool:
+    # (version, byte order, no sub-array, names, fields, size, alignment, flags)
+    return (type(state) is tuple and len(state) == 8 and state[0] in (3, 4)
+            and state[1] in ('<', '>', '|', '=')
+            and state[2:5] == (None, ) * 3 and state[7] == 0
+            and all(type(n) is int and n < 4000 for n in state[5:7]))
+
+
+def _is_array_state(state: Any) -> bool:
+    # (version, shape, dtype, order, data)
+    return (type(state) is tuple and len(state) == 5
+            and getattr(state[2], 'name', None) == 'numpy.dtype')
+
+
+def _size(value: Any) -> int:
+    """About how much a call copies of an argument."""
+    if isinstance(value, tuple):
+        return len(value) + sum(
+            _size(item) for item in value if type(item) is not tuple)
+    if isinstance(value, (str, bytes, list, dict)):
+        return len(value)
+    return getattr(value, 'size', 1)
 
 
 # What may be called, and whether its arguments are those of a checkpoint.
@@ -78,8 +107,7 @@ CALLS: Dict[str, Callable[..., bool]] = {
     'builtins.getattr': lambda cls, name: cls == Name(
         HISTORY_BUFFER) and name in ('min', 'max', 'current', 'mean'),
     **dict.fromkeys(('collections.Counter', *MAPPINGS),
-                    lambda content=None: content is None or type(content) is
-                    dict),
+                    lambda content={}: type(content) is dict),
 }
 # Calls whose result later instructions fill.
 CONTAINERS: Dict[str, type] = {
@@ -108,6 +136,7 @@ class _DryRun(pickle._Unpickler):
         super().__init__(file, encoding='utf-8')
         self.refused: Dict[str, None] = {}
         self.num_odd_keys = 0
+        self.to_copy = MAX_COPIES * len(file.getbuffer()) + 10_000
 
     def find_class(self, module: str, name: str) -> Name:
         module = {'__builtin__': 'builtins'}.get(module, module)
@@ -120,18 +149,34 @@ class _DryRun(pickle._Unpickler):
         return Name(full)
 
     def persistent_load(self, pid: Any) -> StandIn:
+        # ('storage', type, key, location, elements[, None])
+        if not (type(pid) is tuple and len(pid) in (5, 6)
+                and pid[0] == 'storage' and type(pid[1]) is Name
+                and type(pid[2]) is str and len(pid[2]) <= 32
+                and type(pid[4]) is int and 0 <= pid[4] < 2**48
+                and pid[5:] in ((), (None, ))):
+            _refuse('describes a storage in a way that torch.save does not')
         return StandIn('storage')
 
     def check_key(self, key: Any) -> None:
-        if type(key) is str or type(key) is int and abs(key) < HASH_MODULUS:
+        if type(key) is str or type(key) is int and abs(key) < LARGE_KEY:
             return
         self.num_odd_keys += 1
+        parts = key if type(key) is tuple else (key, )
         # A tuple of tuples could take for ever to hash.
-        if self.num_odd_keys > MAX_ODD_KEYS or any(
+        if (self.num_odd_keys > MAX_ODD_KEYS or len(parts) > MAX_PARTS or any(
                 type(part) not in (str, int, float, bool, type(None))
-                for part in (key if type(key) is tuple else (key, ))):
+                for part in parts)):
             _refuse('has keys of dictionaries or members of sets that are '
                     'neither text nor ordinary numbers')
+
+    def copy(self, *values: Any) -> int:
+        """Counts what is copied; gives its size."""
+        size = sum(map(_size, values))
+        self.to_copy -= size
+        if self.to_copy < 0:
+            _refuse(f'copies more than {MAX_COPIES} times what it holds')
+        return size
 
     def set_items(self, items: list) -> None:
         target = self.stack[-1]
@@ -162,11 +207,13 @@ class _DryRun(pickle._Unpickler):
                 raise TypeError
         except (KeyError, TypeError):  # no such call, or another signature
             _refuse(f'calls {shown(name)} in a way that no checkpoint needs')
+        size = self.copy(*args)
         if name in CONTAINERS:
-            has_content = args and type(args[0]) is dict
-            self.append(args[0] if has_content else CONTAINERS[name]())
+            content = args[:1] if name in ('collections.Counter',
+                                           *MAPPINGS) else ()
+            self.append(CONTAINERS[name](*content))
         else:
-            self.append(StandIn(name))
+            self.append(StandIn(name, size))
 
     def load_newobj(self) -> None:
         args, cls = self.stack.pop(), self.stack.pop()
@@ -177,18 +224,16 @@ class _DryRun(pickle._Unpickler):
 
     def load_build(self) -> None:
         state, target = self.stack.pop(), self.stack[-1]
+        self.copy(state)
         name = getattr(target, 'name', '')
         if isinstance(target, OrderedDict):
             # torch keeps module versions there; other attributes could shadow
             # the methods of the dictionary.
             allowed = isinstance(state, dict) and state.keys() <= {'_metadata'}
         elif name == 'numpy.dtype':
-            # (version, byte order, no sub-array, fields or names, ...)
-            allowed = type(state) is tuple and state[2:5] == (None, ) * 3
+            allowed = _is_dtype_state(state)
         elif name.endswith('multiarray._reconstruct'):
-            # (version, shape, dtype, order, data)
-            allowed = type(state) is tuple and state[2:3] == (StandIn(
-                'numpy.dtype'), )
+            allowed = _is_array_state(state)
         else:
             allowed = name in CLASSES and isinstance(state, dict)
         if not allowed:

@@ -14,7 +14,8 @@ import struct
 import zipfile
 from argparse import Namespace
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from threading import Lock
 from typing import Any, BinaryIO, Callable, Dict, Iterator, List, Tuple, Union
 
 import numpy as np
@@ -53,6 +54,8 @@ OTHER_FORMATS = {
 SAVE_AGAIN = ('save it again with a current torch: '
               'torch.save(torch.load(FILE, weights_only=True), NEW_FILE)')
 
+_SAFE_GLOBALS = Lock()  # torch has one list for all threads
+
 Reader = Callable[[BinaryIO, int], Any]
 LoadStorage = Callable[[str, int, int], torch.UntypedStorage]
 
@@ -81,7 +84,7 @@ def _history_method(cls: type, name: str) -> str:
 
 def _read_path(*parts: str) -> str:
     """A stored ``pathlib`` path, as text."""
-    return '/'.join(parts)
+    return str(PurePosixPath(*parts))
 
 
 def _empty_dict(*_: Any) -> dict:
@@ -119,14 +122,15 @@ def _inert_types() -> List[Any]:
 def _only_inert_types() -> Iterator[None]:
     """Makes torch's list of safe globals exactly ours for a while: what other
     libraries added (some add getattr) does not count here."""
-    before = torch.serialization.get_safe_globals()
-    torch.serialization.clear_safe_globals()
-    torch.serialization.add_safe_globals(_inert_types())
-    try:
-        yield
-    finally:
+    with _SAFE_GLOBALS:
+        before = torch.serialization.get_safe_globals()
         torch.serialization.clear_safe_globals()
-        torch.serialization.add_safe_globals(before)
+        torch.serialization.add_safe_globals(_inert_types())
+        try:
+            yield
+        finally:
+            torch.serialization.clear_safe_globals()
+            torch.serialization.add_safe_globals(before)
 
 
 def read_checkpoint(path: Union[str, os.PathLike],
@@ -403,6 +407,10 @@ def _read_legacy(file: BinaryIO, size: int) -> Any:
     def load_storage(key: str, num_elements: int,
                      item_size: int) -> torch.UntypedStorage:
         nonlocal left
+        if key in storages:
+            raise CheckpointFileError(
+                f'describes storage {shown(key)} outside its content: it is '
+                'damaged')
         left -= num_elements * item_size
         if left < 0:
             raise _missing_bytes(key, num_elements * item_size)

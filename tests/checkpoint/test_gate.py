@@ -22,7 +22,7 @@ from convnext_mm import CheckpointError, ConvNeXt
 from convnext_mm.checkpoint import (CheckpointFileError,
                                     CheckpointMismatchError,
                                     UnsafeCheckpointError)
-from convnext_mm.checkpoint.gate import find_backbones, without_orders
+from convnext_mm.checkpoint.gate import without_orders
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -145,14 +145,42 @@ def test_weights_elsewhere_do_not_leave_noise(wrap, where, arch, weights,
 def test_wrapped_models_are_found(arch):
     model = Model(arch)
     tta = pytest.importorskip('mmseg.models').SegTTAModel(module=model)
-    assert [prefix for prefix, _ in find_backbones(tta)] == ['backbone.']
-    with pytest.raises(CheckpointMismatchError, match="behind 'backbone.'"):
-        load_state_dict(tta, {'head.fc.weight': torch.ones(2, 20)})
-    load_state_dict(tta, model.state_dict())
     wrapped = MMDistributedDataParallel.__new__(MMDistributedDataParallel)
     nn.Module.__init__(wrapped)
     wrapped.module = model
-    assert [prefix for prefix, _ in find_backbones(wrapped)] == ['backbone.']
+    for wrapper in (tta, wrapped):
+        with pytest.raises(CheckpointMismatchError, match="behind 'backbone.'"):
+            load_state_dict(wrapper, {'head.fc.weight': torch.ones(2, 20)})
+        load_state_dict(wrapper, model.state_dict())
+
+
+def test_a_detector_that_places_the_names_itself(arch):
+    """As MMDetection's semi-supervised ones do."""
+
+    class Student(Model):
+        def __init__(self):
+            super().__init__(arch)
+            self.student = Model(arch)
+            del self.backbone, self.head
+
+        def _load_from_state_dict(self, state_dict, *args):
+            for key in list(state_dict):
+                state_dict[f'student.{key}'] = state_dict.pop(key)
+            super()._load_from_state_dict(state_dict, *args)
+
+    source = Model(arch)
+    target = Student()
+    load_state_dict(target, source.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(
+        target.state_dict().values(), source.state_dict().values()))
+
+
+def test_two_networks_of_which_one_would_win(arch, tmp_path):
+    state = Model(arch).state_dict()
+    both = {**state, **{f'module.{key}': t + 1 for key, t in state.items()}}
+    torch.save(dict(state_dict=both), tmp_path / 'a.pth')
+    with pytest.raises(CheckpointFileError, match='two networks'):
+        mmengine_load_checkpoint(Model(arch), str(tmp_path / 'a.pth'))
 
 
 def test_nothing_that_mmengine_acts_on_comes_through(weights):
@@ -182,41 +210,84 @@ def test_state_dicts_that_are_none(state):
     assert str(error.value).isprintable()
 
 
-def make_optimizer(arch, **options):
+def make_optimizer(arch, amp=False, **options):
     model = Model(arch)
-    wrapper = OptimWrapper(torch.optim.AdamW(model.parameters(), lr=0.1,
-                                             **options))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, **options)
+    wrapper = convnext_mm.AmpOptimWrapper(
+        optimizer=optimizer) if amp else OptimWrapper(optimizer)
     for param in model.parameters():
         param.grad = torch.ones_like(param)
     wrapper.optimizer.step()
     return wrapper
 
 
-def change_state(state, **changes):
-    state = copy.deepcopy(state)
-    for values in state['state'].values():
-        values.update(changes)
-    return state
+@pytest.mark.parametrize('amp', [False, True])
+@pytest.mark.parametrize('fused', [False, True])
+def test_state_of_another_optimizer_is_refused(amp, fused, arch):
+    """Fused kernels write to it unseen."""
+    wrapper = make_optimizer(arch, amp, fused=fused)
+    good = wrapper.state_dict()
+    wrapper.load_state_dict(copy.deepcopy(good))
+
+    def state(**changes):
+        changed = copy.deepcopy(good)
+        for values in changed['state'].values():
+            values.update(changes)
+        return changed
+
+    def group(**changes):
+        return dict(good, param_groups=[dict(good['param_groups'][0],
+                                             **changes)])
+
+    expanded = copy.deepcopy(good)
+    for values in expanded['state'].values():
+        values['exp_avg'] = torch.ones(1).expand(values['exp_avg'].shape)
+    without_step = state()
+    for values in without_step['state'].values():
+        del values['step']
+    for case in (
+            state(exp_avg=torch.ones(1000)), state(exp_avg_sq=torch.ones(1, 1)),
+            state(exp_avg='x'), state(exp_avg=3), state(step=torch.ones(7)),
+            state(step=torch.zeros(0)), state(other=torch.ones(())), expanded,
+            without_step, group(lr='x'), group(lr=None), group(betas=(0.9, )),
+            group(fused='x'), group(lr=nested(45)),
+            dict(good, param_groups=3), dict(good, param_groups=[])):
+        with pytest.raises(CheckpointMismatchError, match='optimizer') as error:
+            make_optimizer(arch, amp, fused=fused).load_state_dict(
+                copy.copy(case))
+        assert len(str(error.value)) < 500
+    wrapper.load_state_dict(group(fused=not fused, foreach=True))
+    assert wrapper.optimizer.param_groups[0]['fused'] is fused
 
 
-def test_state_of_another_optimizer_is_refused(arch):
-    wrapper = make_optimizer(arch, fused=True)
-    state = wrapper.state_dict()
-    wrapper.load_state_dict(copy.deepcopy(state))
-    cases = dict(
-        shape=change_state(state, exp_avg=torch.ones(1000)),
-        smaller=change_state(state, exp_avg_sq=torch.ones(1, 1)),
-        text=change_state(state, exp_avg='x'),
-        lr=dict(state, param_groups=[dict(state['param_groups'][0], lr='x')]),
-        betas=dict(state, param_groups=[
-            dict(state['param_groups'][0], betas=(0.9, ))]),
-        fewer=dict(state, param_groups=[
-            dict(state['param_groups'][0], params=[0])]),
-        nothing={}, number=3)
-    cases['unknown'] = change_state(state, momentum_buffer=torch.ones(()))
-    for case in cases.values():
-        with pytest.raises(CheckpointMismatchError, match='optimizer'):
-            make_optimizer(arch, fused=True).load_state_dict(case)
+def nested(depth):
+    """2 ** depth numbers, made of few."""
+    value = 1
+    for _ in range(depth):
+        value = [value, value]
+    return value
+
+
+def test_settings_of_groups_may_differ(arch):
+    params = [nn.Parameter(torch.ones(3)) for _ in range(2)]
+    optimizers = [torch.optim.Adam([
+        dict(params=params[:1], amsgrad=True), dict(params=params[1:])])
+        for _ in range(2)]
+    wrappers = [OptimWrapper(optimizer) for optimizer in optimizers]
+    for param in params:
+        param.grad = torch.ones(3)
+    optimizers[0].step()
+    wrappers[1].load_state_dict(wrappers[0].state_dict())
+    closure = OptimWrapper(torch.optim.LBFGS(params))
+    closure.load_state_dict(closure.state_dict())
+
+
+@pytest.mark.parametrize('optimizer', [
+    dict(loss_scaler='x'), dict(loss_scaler=dict(scale='x')),
+    dict(base_param_settings='x'), dict(base_param_settings=dict(lr='x'))])
+def test_what_lies_beside_the_state_of_an_optimizer(optimizer, weights):
+    with pytest.raises(CheckpointFileError, match='optimizer'):
+        without_orders(dict(state_dict=weights, optimizer=optimizer))
 
 
 def test_state_of_another_scheduler_is_refused(arch):
