@@ -45,13 +45,15 @@ class Runner(MMEngineRunner):
                 all weights of a ConvNeXt backbone, or, to resume, no state of a
                 training run like this one.
         """
+        what = shown(self._load_from or self.work_dir)
         try:
             super().load_or_resume()
-        except CheckpointError:
-            raise
+        except CheckpointError as error:
+            if what in str(error):
+                raise
+            raise type(error)(f'{what}: {error}') from error
         # MMEngine looks things up as it goes, in what may hold anything.
         except Exception as error:
-            what = shown(self._load_from or self.work_dir)
             if self._resume and isinstance(error, KeyError):
                 raise CheckpointFileError(
                     f'{what}: to resume it needs the state of a training run, '

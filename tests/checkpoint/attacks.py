@@ -412,6 +412,22 @@ def other_runs(s: Source) -> Files:
                 **v, 'exp_avg_sq': torch.ones(1, 1)}),
             transposed=with_state(lambda v: {
                 k: t.mT if t.dim() > 1 else t for k, t in v.items()}),
+            expanded=with_state(lambda v: {
+                k: t[(0, ) * t.dim()].expand(t.shape) for k, t in v.items()}),
+            expanded_fused=dict(optimizer={**optimizer, 'param_groups': [
+                {**group, 'fused': True}
+                for group in optimizer['param_groups']], 'state': {
+                    key: {k: t[(0, ) * t.dim()].expand(t.shape)
+                          for k, t in value.items()}
+                    for key, value in state.items()}}),
+            several_steps=with_state(lambda v: {**v, 'step': torch.ones(7)}),
+            nested_lr=with_group(lr=nest(45)),
+            scaler=dict(optimizer={**optimizer, 'loss_scaler': 'x'}),
+            base=dict(optimizer={**optimizer, 'base_param_settings': 'x'}),
+            late=dict(meta=dict(epoch=0, iter=10**9)),
+            nested_scheduler=dict(param_schedulers=[dict(last_step=nest(45))]),
+            complex_info=dict(message_hub={**hub, 'runtime_info': dict(
+                best_score=1j, keep_ckpt_ids=3)}),
             no_average=with_state(lambda v: dict(step=torch.ones(1))),
             no_step=with_state(lambda v: {
                 k: t for k, t in v.items() if k != 'step'}),
@@ -451,6 +467,16 @@ def other_runs(s: Source) -> Files:
             state_dict=s.run['state_dict']))
 
 
+class _DType:
+    """Pickles to a NumPy dtype with a state of its own."""
+
+    def __init__(self, state: tuple) -> None:
+        self.state = state
+
+    def __reduce__(self):
+        return np.dtype, ('i8', False, True), self.state
+
+
 def huge_shapes(s: Source) -> Files:
     """Files of some kilobytes that ask for terabytes."""
     weights = s.weights
@@ -479,6 +505,10 @@ def huge_shapes(s: Source) -> Files:
             scalar=Call(np.float64(0).__reduce__()[0], np.dtype('V999999999')),
             big_dtype=Call(np.dtype, 'V999999999999'),
             bytes=Call(bytes, 10**12),
+            dtype_flags=_DType((3, '<', None, None, None, -1, -1, 1)),
+            dtype_size=_DType((3, '<', None, None, None, 10**9, 1, 0)),
+            dtype_fields=_DType((3, '|', None, ('a', ), {
+                'a': (np.dtype('i8'), 0)}, 8, 1, 16)),
     ).items():
         yield name, s.zipped({**weights, 'x': content})
         if name in ('expanded', 'long', 'array', 'scalar'):
@@ -565,6 +595,41 @@ def busy(s: Source) -> Files:
         'bytes-of-1TB': b'\x80\x02c__builtin__\nbytearray\n' + long_int(2**40) +
                         b'\x85R.',
     }
+    storage = (b'(X\x07\0\0\0storagectorch\nFloatStorage\n', b'X\x03\0\0\0cpu')
+
+    def described(key: bytes, count: bytes) -> bytes:
+        return b'\x80\x02' + storage[0] + key + storage[1] + count + b'tQ.'
+
+    def text(value: str) -> bytes:
+        data = value.encode()
+        return b'X' + struct.pack('<I', len(data)) + data
+
+    hashed = b'K\x01' + b'q\x07h\x07\x86' * 60
+    zero = text('0')
+    programs.update({
+        'storage-deep-key': described(deep_tuple, b'K\x08'),
+        'storage-hashed-key': described(hashed, b'K\x08'),
+        'storage-long-key': described(text('x' * 90_000), b'K\x08'),
+        'storage-forged-count': described(zero, text('\x1b[31mFORGED\nline')),
+        'storage-hashed-count': described(zero, hashed),
+        'storage-negative': described(zero, b'J\xff\xff\xff\xff'),
+        'storage-endless': described(zero, long_int(2**100)),
+        'long-tuple-key': b'\x80\x02(' + b'K\x01' * 200_000 + b'tq\x01(' +
+                          b'}h\x01Ns' * 900 + b't.'})
+    copied = {
+        'encode': (b'c_codecs\nencode\n',
+                   text('x' * 200_000) + text('latin1') + b'\x86'),
+        'path': (b'cpathlib\nPosixPath\n', text('x' * 200_000) + b'\x85'),
+        'mapping': (b'caddict.addict\nDict\n', b'}(' + b''.join(
+            b'M' + struct.pack('<H', n) + b'N' for n in range(30_000)) +
+            b'u\x85'),
+        'set': (b'c__builtin__\nset\n', b'](' + b''.join(
+            b'M' + struct.pack('<H', n) for n in range(30_000)) + b'e\x85'),
+        'size': (b'ctorch\nSize\n', b'(' + b'K\x01' * 90_000 + b't\x85')}
+    for name, (call, args) in copied.items():
+        programs[f'copied-{name}'] = (
+            b'\x80\x02' + call + b'q\x01' + args + b'q\x020](' +
+            b'h\x01h\x02R' * 20_000 + b'e.')
     head = legacy({}).partition(b'}q\x00.')[0]
     for name, program in programs.items():
         yield name, s.with_pickle(program)
@@ -641,6 +706,13 @@ def records(s: Source) -> Files:
     old = legacy(s.content())
     start, keys = _legacy_keys(old)
     end = start + len(pickle.dumps(keys, 2))
+    # The list describes every storage once more, which nothing fills.
+    described = b''.join(
+        b'(X\x07\0\0\0storagectorch\nFloatStorage\nX' + struct.pack(
+            '<I', len(key)) + key.encode() + b'X\x03\0\0\0cpuK\x08NtQ0'
+        for key in keys)
+    yield 'legacy-keys-describe', (old[:start] + b'\x80\x02' + described +
+                                   old[start + 2:])
     for name, changed in dict(
             first_omitted=keys[1:], last_omitted=keys[:-1], none=[],
             doubled=keys + keys[:1], unknown=keys + ['7'], moved=keys[::-1],
@@ -747,6 +819,12 @@ def wrong_content(s: Source) -> Files:
             grn_and_gamma={**weights, 'stages.0.0.grn.gamma':
                            torch.zeros(1, 1, 1, 32)}).items():
         yield name, s.zipped(changed)
+    if s.run is not None:
+        state = s.run['state_dict']
+        for name, other in (('wrapped', 'module.'), ('spelt', 'modulex')):
+            yield f'two-runs-{name}', zipped({**s.run, 'state_dict': {
+                **state, **{other + key: tensor + 1
+                            for key, tensor in state.items()}}})
     for name, content in dict(
             two_networks={f'{name}.{key}': tensor
                           for name in ('student', 'teacher')
