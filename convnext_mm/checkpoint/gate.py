@@ -109,19 +109,19 @@ def without_orders(content: Dict[str, Any]) -> Dict[str, Any]:
         CheckpointFileError: A state dict is none, or a name in it not text or
             not printable.
     """
-    content = dict(content)
+    content = dict(content) if 'state_dict' in content else _state_dict(
+        content, 'top level')
     for key in ('state_dict', 'ema_state_dict'):
         if key in content:
             content[key] = _state_dict(content[key], key)
-    if 'state_dict' not in content:
-        return _state_dict(content, 'top level')
-    meta = content.get('meta')
-    content['meta'] = {
-        key: value
-        for key, value in (meta if isinstance(meta, dict) else {}).items()
-        if key not in ('config', 'cfg') and not (
-            key in ('epoch', 'iter', 'seed') and not _is_count(value))
-    }
+    if 'state_dict' in content or 'meta' in content:
+        meta = content.get('meta')
+        content['meta'] = {
+            key: value
+            for key, value in (meta if isinstance(meta, dict) else {}).items()
+            if key not in ('config', 'cfg') and not (
+                key in ('epoch', 'iter', 'seed') and not _is_count(value))
+        }
     optimizer = content.get('optimizer')
     if isinstance(optimizer, dict):
         # Not of the optimizer's own state, which it looks at itself.

@@ -378,6 +378,10 @@ def orders(s: Source) -> Files:
                                    '\x1b[31mFORGED\n'})).items():
         for kind, save in (('zip', zipped), ('legacy', legacy)):
             yield f'{name}-{kind}', save(s.content(**extras))
+        # The weights beside them, not in a dictionary of their own.
+        content = s.content(**extras)
+        weights = content.pop('state_dict', None) or content.pop('model', {})
+        yield f'{name}-flat', zipped({**weights, **content})
 
 
 def nest(depth: int) -> list:

@@ -355,11 +355,14 @@ def run_alone(program, *args):
             if line.startswith('outcome:')] or result.stderr
 
 
-def with_orders(world, tmp_path, **meta):
-    """A valid run whose strings act where they are run."""
+def with_orders(world, tmp_path, flat=False):
+    """A valid run whose strings act where they are run; ``flat``: its weights
+    beside them, as MMEngine takes them, too."""
     run = torch.load(world / 'checkpoints.pth', weights_only=False)['detector']
     run['meta'].update(config=PAYLOAD, cfg=PAYLOAD)
     run['message_hub']['runtime_info'].update(cfg=PAYLOAD)
+    if flat:
+        run.update(run.pop('state_dict'))
     torch.save(run, tmp_path / 'orders.pth')
     return tmp_path / 'orders.pth'
 
@@ -370,9 +373,10 @@ def test_stock_runner(mode, world, tmp_path, evil, canary):
     config = world / 'detector.py'
     assert run_alone(STOCK, config, tmp_path, evil, mode) == [
         'UnsafeCheckpointError']
-    orders = with_orders(world, tmp_path)
-    assert run_alone(STOCK, config, tmp_path, orders, mode) == ['trained']
-    assert not canary.exists()
+    for flat in (False, True):
+        orders = with_orders(world, tmp_path, flat)
+        assert run_alone(STOCK, config, tmp_path, orders, mode) == ['trained']
+        assert not canary.exists()
 
 
 def test_stock_inferencers(world, tmp_path, evil, canary):
@@ -385,9 +389,10 @@ def test_stock_inferencers(world, tmp_path, evil, canary):
     assert not canary.exists()
 
 
-def test_the_orders_would_act(world, tmp_path, canary):
+@pytest.mark.parametrize('mode', ['nested', 'flat'])
+def test_the_orders_would_act(mode, world, tmp_path, canary):
     """The control: MMEngine alone runs them, and deletes what they name."""
-    orders = with_orders(world, tmp_path)
+    orders = with_orders(world, tmp_path, flat=mode == 'flat')
     program = STOCK.replace('Runner.from_cfg(cfg)', """
 import convnext_mm
 from convnext_mm.checkpoint import gate
