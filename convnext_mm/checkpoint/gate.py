@@ -398,13 +398,19 @@ def load_scheduler(scheduler: _ParamScheduler,
         CheckpointMismatchError: It is the state of another scheduler.
     """
     own = scheduler.state_dict()
-    if not (isinstance(state_dict, dict) and state_dict.keys() <= own.keys()
-            and all(_are_alike(state_dict[key], own[key])
-                    for key in state_dict)):
+    # A function (of OneCycleLR) stays this run's own.
+    state = {
+        key: value for key, value in state_dict.items()
+        if not callable(own.get(key))
+    } if isinstance(state_dict, dict) else None
+    if state is None or not (state.keys() <= own.keys() and all(
+            _are_alike(state[key], own[key]) and (
+                not isinstance(own[key], str) or state[key] == own[key])
+            for key in state)):
         raise CheckpointMismatchError(
             f'the state of a {type(scheduler).__name__} is not what this '
             'version of MMEngine keeps for one')
-    _load_scheduler(scheduler, state_dict)
+    _load_scheduler(scheduler, state)
 
 
 def _are_alike(value: Any, own: Any) -> bool:
@@ -417,5 +423,7 @@ def _are_alike(value: Any, own: Any) -> bool:
         return isinstance(value, (list, tuple)) and len(value) == len(
             own) and all(map(_are_alike, value, own))
     if isinstance(own, dict):
-        return isinstance(value, dict) and all(map(_is_count, value))
+        return isinstance(value, dict) and all(
+            _is_count(key) or key in own and _are_alike(value[key], own[key])
+            for key in value)
     return isinstance(value, type(own))

@@ -19,6 +19,7 @@ import torch
 from .errors import CheckpointFileError, UnsafeCheckpointError, shown
 
 HISTORY_BUFFER = 'mmengine.logging.history_buffer.HistoryBuffer'
+ONE_CYCLE = 'mmengine.optim.scheduler.param_scheduler.OneCycleParamScheduler'
 CLASSES = ('argparse.Namespace', HISTORY_BUFFER)
 MAPPINGS = ('mmengine.config.config.ConfigDict',
             'mmcv.utils.config.ConfigDict', 'addict.addict.Dict')
@@ -83,6 +84,10 @@ def _size(value: Any) -> int:
     return getattr(value, 'size', 1)
 
 
+METHODS = {
+    HISTORY_BUFFER: ('min', 'max', 'current', 'mean'),
+    ONE_CYCLE: ('_annealing_cos', '_annealing_linear')
+}
 # What may be called, and whether its arguments are those of a checkpoint.
 CALLS: Dict[str, Callable[..., bool]] = {
     **dict.fromkeys((
@@ -102,10 +107,9 @@ CALLS: Dict[str, Callable[..., bool]] = {
         (f'numpy.{core}.multiarray._reconstruct' for core in ('core', '_core')),
         lambda cls, shape, code: cls == Name('numpy.ndarray') and shape ==
         (0, )),
-    # MMEngine stores the methods of its history buffers beside their values.
-    # The reader answers this with a function of its own, never with getattr.
-    'builtins.getattr': lambda cls, name: cls == Name(
-        HISTORY_BUFFER) and name in ('min', 'max', 'current', 'mean'),
+    # MMEngine stores methods of these beside their values. The reader answers
+    # this with a function of its own, never with getattr.
+    'builtins.getattr': lambda cls, name: name in METHODS[cls.name],
     **dict.fromkeys(('collections.Counter', *MAPPINGS),
                     lambda content={}: type(content) is dict),
 }
@@ -118,7 +122,7 @@ CONTAINERS: Dict[str, type] = {
 }
 SETS = ('builtins.set', 'builtins.frozenset')
 KNOWN = {*CALLS, *SETS, *CLASSES, *ONLY_NAMED, 'numpy.ndarray',
-         'torch.storage.UntypedStorage'}
+         ONE_CYCLE, 'torch.storage.UntypedStorage'}
 # What torch.save writes.
 OPCODES = (
     'PROTO STOP MARK NONE NEWTRUE NEWFALSE EMPTY_TUPLE EMPTY_LIST EMPTY_DICT '
@@ -205,7 +209,8 @@ class _DryRun(pickle._Unpickler):
                     self.check_key(key)
             elif type(call) is not Name or not CALLS[name](*args):
                 raise TypeError
-        except (KeyError, TypeError):  # no such call, or another signature
+        # No such call, or another signature.
+        except (AttributeError, KeyError, TypeError):
             _refuse(f'calls {shown(name)} in a way that no checkpoint needs')
         size = self.copy(*args)
         if name in CONTAINERS:

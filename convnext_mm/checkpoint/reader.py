@@ -26,8 +26,8 @@ from safetensors import SafetensorError
 
 from .errors import (CheckpointError, CheckpointFileError,
                      UnsafeCheckpointError, shown)
-from .pickle_check import (DATES, HISTORY_BUFFER, MAPPINGS, ONLY_NAMED, PATHS,
-                           check_pickle)
+from .pickle_check import (DATES, HISTORY_BUFFER, MAPPINGS, ONE_CYCLE,
+                           ONLY_NAMED, PATHS, check_pickle)
 
 # Files whose pickles the user vouches for, separated as in PATH.
 TRUST_VARIABLE = 'CONVNEXT_MM_TRUST_PICKLE'
@@ -76,9 +76,9 @@ class _ReadHistoryBuffer(HistoryBuffer):
         self._set_default_statistics()
 
 
-def _history_method(cls: type, name: str) -> str:
-    """Stands in for the ``getattr`` with which MMEngine's checkpoints name the
-    methods of a history buffer; they are not used."""
+def _method(cls: type, name: str) -> str:
+    """Stands in for the ``getattr`` with which MMEngine's checkpoints name
+    methods of history buffers and schedulers; they are not used."""
     return name
 
 
@@ -104,13 +104,13 @@ def _inert_types() -> List[Any]:
     return [
         Namespace, np.ndarray, np.dtype, *dtypes, (bytes, 'builtins.bytes'),
         (frozenset, 'builtins.frozenset'),
-        (_history_method, 'builtins.getattr'),
+        (_method, 'builtins.getattr'),
         (_ReadHistoryBuffer, HISTORY_BUFFER),
         (_empty_dict, 'collections.defaultdict'),
         (_empty_list, 'collections.deque'),
         *((dict, name) for name in MAPPINGS),
         *((_read_path, name) for name in PATHS),
-        *((_empty_dict, name) for name in ONLY_NAMED),
+        *((_empty_dict, name) for name in (ONE_CYCLE, *ONLY_NAMED)),
         *(getattr(datetime, name.partition('.')[2]) for name in DATES),
         *((function, f'numpy.{package}.multiarray.{name}')
           for package in ('core', '_core')

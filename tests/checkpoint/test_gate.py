@@ -13,6 +13,7 @@ from mmengine.config import Config
 from mmengine.model import BaseModel, BaseModule, MMDistributedDataParallel
 from mmengine.optim import OptimWrapper
 from mmengine.optim.scheduler import MultiStepLR
+from mmengine.registry import PARAM_SCHEDULERS
 from mmengine.runner import load_checkpoint as mmengine_load_checkpoint
 from mmengine.runner.checkpoint import load_state_dict
 from torch import nn
@@ -21,7 +22,7 @@ import convnext_mm
 from convnext_mm import CheckpointError, ConvNeXt
 from convnext_mm.checkpoint import (CheckpointFileError,
                                     CheckpointMismatchError,
-                                    UnsafeCheckpointError)
+                                    UnsafeCheckpointError, read_checkpoint)
 from convnext_mm.checkpoint.gate import without_orders
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -296,9 +297,38 @@ def test_state_of_another_scheduler_is_refused(arch):
     state = scheduler.state_dict()
     scheduler.load_state_dict(copy.deepcopy(state))
     for case in (dict(state, _get_value=3), dict(state, last_step='x'),
-                 dict(state, milestones=['a']), 3, dict(optimizer=None)):
+                 dict(state, milestones=['a']), 3, dict(optimizer=None),
+                 dict(state, param_name='fused')):
         with pytest.raises(CheckpointMismatchError, match='MultiStepLR'):
             scheduler.load_state_dict(case)
+
+
+RESTARTS = dict(periods=[3, 3], restart_weights=[1, 0.5], eta_min=0)
+SCHEDULERS = {
+    'Constant': {}, 'CosineAnnealing': dict(T_max=9),
+    'Exponential': dict(gamma=0.5), 'Linear': {}, 'Poly': {},
+    'MultiStep': dict(milestones=[2, 4]), 'Step': dict(step_size=2),
+    'CosineRestart': RESTARTS, 'ReduceOnPlateau': dict(monitor='a')}
+
+
+@pytest.mark.parametrize('name', [
+    f'{name}{kind}' for name in SCHEDULERS for kind in ('LR', 'Momentum')
+] + ['OneCycleLR'])
+def test_every_scheduler_of_mmengine_resumes(name, tmp_path):
+    def make():
+        settings = SCHEDULERS.get(name.removesuffix('LR').removesuffix(
+            'Momentum'), dict(eta_max=0.1, total_steps=9))
+        params = [nn.Parameter(torch.ones(2)) for _ in range(2)]
+        return PARAM_SCHEDULERS.get(name)(OptimWrapper(torch.optim.SGD(
+            [dict(params=params[:1]), dict(params=params[1:], lr=0.2)],
+            lr=0.1, momentum=0.9)), **settings)
+
+    stepped, fresh = make(), make()
+    for _ in range(4):
+        stepped.step(*([dict(a=1.)] if 'Plateau' in name else []))
+    torch.save(dict(x=stepped.state_dict()), tmp_path / 'a.pth')
+    fresh.load_state_dict(read_checkpoint(tmp_path / 'a.pth')['x'])
+    assert fresh.state_dict() == stepped.state_dict()
 
 
 STOCK = """
