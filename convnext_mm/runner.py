@@ -4,6 +4,8 @@ data is checked as it is built."""
 import re
 from pathlib import Path
 
+import torch
+import torch.distributed
 from mmengine.hooks import CheckpointHook
 from mmengine.runner import EpochBasedTrainLoop
 from mmengine.runner import Runner as MMEngineRunner
@@ -48,6 +50,8 @@ class Runner(MMEngineRunner):
         what = shown(self._load_from or self.work_dir)
         try:
             super().load_or_resume()
+        except (torch.cuda.OutOfMemoryError, torch.distributed.DistError):
+            raise  # no fault of the file
         except CheckpointError as error:
             if what in str(error):
                 raise
@@ -78,13 +82,15 @@ class Runner(MMEngineRunner):
             if not isinstance(hook, CheckpointHook) or not hook.save_best:
                 continue
             last = self.epoch if hook.by_epoch else self.iter
+            number = re.escape(hook.filename_tmpl).replace(r'\{\}', r'(\d+)')
             for key in hook.key_indicators:
-                name = '*' if key == 'auto' else key.replace('/', '_')
+                name = '.+' if key == 'auto' else re.escape(
+                    key.replace('/', '_'))
                 found = [
-                    path for path in Path(self.work_dir).glob(
-                        f'best_{name}_*.pth')
-                    if int(re.search(r'(\d*)\.pth$', path.name)[1] or
-                           last + 1) <= last
+                    path for path in Path(self.work_dir).glob('best_*')
+                    if (match := re.fullmatch(f'best_{name}_{number}',
+                                              path.name))
+                    and int(match[1]) <= last
                 ]
                 if found:
                     several = len(hook.key_indicators) > 1

@@ -32,7 +32,10 @@ def shown(value: object, limit: int = 200) -> str:
     """A name, path, number or error from outside, as a message may hold it:
     what could move a terminal's cursor or forge a line is escaped, the rest cut
     at ``limit``; of other values only the type, as they may be without end."""
-    if not isinstance(value, (str, os.PathLike, Number, Exception)):
+    is_short = isinstance(value, (list, tuple)) and len(value) <= 4 and all(
+        isinstance(item, Number) for item in value)
+    if not (is_short or value is None
+            or isinstance(value, (str, os.PathLike, Number, Exception))):
         value = f'a {type(value).__name__}'
     text = ''.join(
         c if c.isprintable() else c.encode('unicode_escape').decode('ascii')

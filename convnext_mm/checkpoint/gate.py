@@ -39,6 +39,7 @@ NAMED_ADDRESSES = {
     'modelzoo': mmengine_checkpoint.get_torchvision_models,
     'open-mmlab': mmengine_checkpoint.get_external_models,
     'openmmlab': mmengine_checkpoint.get_external_models,
+    'mmcls': mmengine_checkpoint.get_mmcls_models,
 }
 # How an optimizer computes, not what.
 IMPLEMENTATION_KEYS = ('fused', 'foreach', 'capturable', 'differentiable')
@@ -85,15 +86,19 @@ def load_for_mmengine(filename: str,
     scheme, _, name = str(filename).partition('://')
     if scheme in NAMED_ADDRESSES:
         addresses = NAMED_ADDRESSES[scheme]()
+        name = mmengine_checkpoint.get_deprecated_model_names().get(name, name)
         if name not in addresses:
             raise CheckpointDownloadError(
                 f'{shown(filename)}: MMEngine knows no such name')
         filename = addresses[name]
     content = read_checkpoint(fetch(filename))
     try:
-        return without_orders(content)
+        content = without_orders(content)
     except CheckpointError as error:
         raise type(error)(f'{shown(filename)}: {error}') from error
+    if scheme == 'mmcls':
+        return mmengine_checkpoint._process_mmcls_checkpoint(content)
+    return content
 
 
 def without_orders(content: Dict[str, Any]) -> Dict[str, Any]:
@@ -119,37 +124,52 @@ def without_orders(content: Dict[str, Any]) -> Dict[str, Any]:
         content['meta'] = {
             key: value
             for key, value in (meta if isinstance(meta, dict) else {}).items()
-            if key not in ('config', 'cfg') and not (
-                key in ('epoch', 'iter', 'seed') and not _is_count(value))
+            if key not in ('config', 'cfg') and (
+                key not in ('epoch', 'iter', 'seed') or _is_count(value))
         }
-    optimizer = content.get('optimizer')
-    if isinstance(optimizer, dict):
-        # Not of the optimizer's own state, which it looks at itself.
-        for key in ('loss_scaler', 'base_param_settings'):
-            own = optimizer.get(key)
-            if own is not None and not (isinstance(own, dict) and all(
-                    _is_number(value) for name, value in own.items()
-                    if name in ('lr', 'scale', 'growth_factor',
-                                'backoff_factor', 'growth_interval',
-                                '_growth_tracker'))):
-                raise CheckpointFileError(
-                    f'the {key} of its optimizer holds {shown(own)} where '
-                    'numbers belong')
-    hub = content.get('message_hub')
-    if isinstance(hub, dict):
-        content['message_hub'] = {
-            name: {
-                key: value
-                for key, value in part.items()
-                if isinstance(key, str) and key.isprintable()
-                and keep(key, value)
-            }
-            for name, keep in (('log_scalars', _is_history),
-                               ('runtime_info', _is_info),
-                               ('resumed_keys', _is_flag))
-            for part in [hub.get(name)] if isinstance(part, dict)
-        }
+    _check_beside_state(content.get('optimizer'))
+    if 'message_hub' in content:
+        content['message_hub'] = _numbers_of(content['message_hub'])
     return content
+
+
+def _check_beside_state(optimizer: Any) -> None:
+    """What optimizer wrappers keep beside the state of an optimizer, which
+    looks at its own."""
+    for key, own in optimizer.items() if isinstance(optimizer, dict) else ():
+        if key not in ('loss_scaler', 'base_param_settings'):
+            _check_beside_state(own if key != 'state' else None)
+        elif not (isinstance(own, dict) and all(
+                _is_number(own[name]) for name in own if name in (
+                    'lr', 'scale', 'growth_factor', 'backoff_factor',
+                    'growth_interval', '_growth_tracker'))):
+            raise CheckpointFileError(
+                f'the {key} of its optimizer holds {shown(own)} where numbers '
+                'belong')
+
+
+def _numbers_of(hub: Any) -> Dict[str, Any]:
+    """Of a message hub the histories, and the numbers of its information."""
+    if not isinstance(hub, dict):
+        raise CheckpointFileError(
+            f'its message_hub is {shown(hub)}, not a dictionary')
+    parts: Dict[str, Any] = {
+        name: {
+            key: value
+            for key, value in part.items() if isinstance(key, str)
+            and key.isprintable() and keep(key, value)
+        }
+        for name, keep in (('log_scalars', _is_history),
+                           ('runtime_info', _is_info),
+                           ('resumed_keys', _is_flag))
+        for part in [hub.get(name)] if isinstance(part, dict)
+    }
+    known = {key for name in ('log_scalars', 'runtime_info')
+             for key in parts.get(name, ())}
+    if 'resumed_keys' in parts:
+        parts['resumed_keys'] = {key: flag for key, flag in
+                                 parts['resumed_keys'].items() if key in known}
+    return parts
 
 
 def _state_dict(state: Any, where: str) -> Dict[str, Any]:
@@ -330,13 +350,14 @@ def check_state(optimizer: torch.optim.Optimizer,
             and len(groups) == len(own) and all(
                 isinstance(group, dict) and type(group.get('params')) is list
                 and len(group['params']) == len(mine['params'])
+                and all(type(index) is int for index in group['params'])
                 for group, mine in zip(groups, own))):
         raise CheckpointMismatchError(
             'the state of the optimizer has not the groups of parameters of '
             f'this run ({[len(mine["params"]) for mine in own]})')
-    loaded = []
+    loaded, states = [], dict(states)
     for mine, group in zip(own, groups):
-        for key in ('lr', *group):
+        for key in dict.fromkeys(('lr', *group)):
             if key in mine and key != 'params' and not _are_alike(
                     group.get(key), mine[key]):
                 raise CheckpointMismatchError(
@@ -347,8 +368,10 @@ def check_state(optimizer: torch.optim.Optimizer,
                                    IMPLEMENTATION_KEYS if key in mine}})
         kept = _kept_for_a_parameter(optimizer, {**mine, **loaded[-1]})
         for index, param in zip(group['params'], mine['params']):
-            state = states.get(index) if type(index) is int else index
-            if state is not None and not (isinstance(state, dict) and (
+            state = states.get(index)
+            if state is None:
+                continue
+            if not (isinstance(state, dict) and (
                     not kept or state.keys() == kept.keys() and all(
                         _is_like(state[key], param) if is_map else
                         _is_number(state[key])
@@ -360,14 +383,19 @@ def check_state(optimizer: torch.optim.Optimizer,
                         f'{shown(key)} {tuple(getattr(value, "shape", ()))}'
                         for key, value in state.items()) if isinstance(
                             state, dict) else shown(state)))
-    return {**state_dict, 'param_groups': loaded}
+            # Elements are taken in the order in which they lie in memory.
+            states[index] = {
+                key: torch.empty_like(
+                    param, dtype=value.dtype, device=value.device,
+                    requires_grad=False).copy_(value)
+                if kept.get(key) and value.stride() != param.stride() else
+                value for key, value in state.items()}
+    return {**state_dict, 'param_groups': loaded, 'state': states}
 
 
 def _is_like(value: Any, param: Tensor) -> bool:
-    """Whether a tensor has a parameter's shape, and memory for all of it."""
     return (isinstance(value, Tensor) and value.shape == param.shape
-            and value.layout == param.layout and not value.is_complex()
-            and (value.is_contiguous() or value.stride() == param.stride()))
+            and value.layout == param.layout and not value.is_complex())
 
 
 def _kept_for_a_parameter(optimizer: torch.optim.Optimizer,
@@ -384,7 +412,8 @@ def _kept_for_a_parameter(optimizer: torch.optim.Optimizer,
     try:
         trial = type(optimizer)([param], **options)
         trial.step()
-    except (TypeError, ValueError):  # as L-BFGS, which wants a closure
+    # L-BFGS wants a closure, SparseAdam sparse gradients.
+    except (TypeError, ValueError, RuntimeError):
         return {}
     return {key: isinstance(value, Tensor) and value.dim() > 0
             for key, value in trial.state[param].items()}
@@ -403,13 +432,15 @@ def load_scheduler(scheduler: _ParamScheduler,
         key: value for key, value in state_dict.items()
         if not callable(own.get(key))
     } if isinstance(state_dict, dict) else None
-    if state is None or not (state.keys() <= own.keys() and all(
-            _are_alike(state[key], own[key]) and (
-                not isinstance(own[key], str) or state[key] == own[key])
-            for key in state)):
+    different = ['type'] if state is None else [
+        key for key, value in state.items()
+        if key not in own or not _are_alike(value, own[key])
+        or isinstance(own[key], str) and value != own[key]]
+    if different:
         raise CheckpointMismatchError(
-            f'the state of a {type(scheduler).__name__} is not what this '
-            'version of MMEngine keeps for one')
+            f'the state of a {type(scheduler).__name__} is not of this run: '
+            f"{shown(different[0])} differs; resume with the param_scheduler "
+            'that it was saved with')
     _load_scheduler(scheduler, state)
 
 

@@ -84,6 +84,7 @@ def _size(value: Any) -> int:
     return getattr(value, 'size', 1)
 
 
+# Methods that MMEngine stores by name.
 METHODS = {
     HISTORY_BUFFER: ('min', 'max', 'current', 'mean'),
     ONE_CYCLE: ('_annealing_cos', '_annealing_linear')

@@ -368,6 +368,11 @@ def orders(s: Source) -> Files:
                 'classes': nest(40)}}),
             hub_cfg=in_hub(cfg=code),
             best_file=in_hub(best_ckpt=f'{victim}/file', best_score=-1.),
+            hub_object=dict(message_hub=argparse.Namespace(
+                _log_scalars={}, _resumed_keys={}, _runtime_info=dict(
+                    best_ckpt=victim, best_score=-1.))),
+            two_optimizers=dict(optimizer=dict(generator=dict(
+                base_param_settings=dict(lr=code)))),
             best_folder=in_hub(best_ckpt=victim, best_score=-1.),
             keep_ids=in_hub(keep_ckpt_ids=[f'/../../{victim}/file'] * 9),
             keep_other=in_hub(keep_ckpt_ids=victim),

@@ -190,14 +190,14 @@ def test_nothing_that_mmengine_acts_on_comes_through(weights):
         meta=dict(config='a', cfg='b', epoch='c', iter=3, seed='d',
                   dataset_meta=dict(classes=('x', )), time='now'),
         message_hub=dict(
-            log_scalars=dict(loss='x'), resumed_keys=dict(a=True, b='c'),
+            log_scalars=dict(loss='x'), resumed_keys=dict(iter=True, cfg=True, b='c'),
             runtime_info=dict(
                 cfg='a', best_ckpt='/etc', last_ckpt='b', best_score=0.5,
                 keep_ckpt_ids=[1, 2], other_ids=['../x'], iter=3))))
     assert content['meta'] == dict(
         iter=3, dataset_meta=dict(classes=('x', )), time='now')
     assert content['message_hub'] == dict(
-        log_scalars={}, resumed_keys=dict(a=True), runtime_info=dict(
+        log_scalars={}, resumed_keys=dict(iter=True), runtime_info=dict(
             best_score=0.5, keep_ckpt_ids=[1, 2], iter=3))
 
 
@@ -249,7 +249,7 @@ def test_state_of_another_optimizer_is_refused(amp, fused, arch):
     for case in (
             state(exp_avg=torch.ones(1000)), state(exp_avg_sq=torch.ones(1, 1)),
             state(exp_avg='x'), state(exp_avg=3), state(step=torch.ones(7)),
-            state(step=torch.zeros(0)), state(other=torch.ones(())), expanded,
+            state(step=torch.zeros(0)), state(other=torch.ones(())),
             without_step, group(lr='x'), group(lr=None), group(betas=(0.9, )),
             group(fused='x'), group(lr=nested(45)),
             dict(good, param_groups=3), dict(good, param_groups=[])):
@@ -259,6 +259,26 @@ def test_state_of_another_optimizer_is_refused(amp, fused, arch):
         assert len(str(error.value)) < 500
     wrapper.load_state_dict(group(fused=not fused, foreach=True))
     assert wrapper.optimizer.param_groups[0]['fused'] is fused
+    # One number for all is one for each, with memory of its own.
+    wrapper.load_state_dict(expanded)
+    for param, values in wrapper.optimizer.state.items():
+        assert values['exp_avg'].stride() == param.stride()
+        assert bool((values['exp_avg'] == 1).all())
+
+
+def test_state_of_another_memory_layout(arch):
+    wrapper = make_optimizer(arch, fused=True)
+    state = copy.deepcopy(wrapper.state_dict())
+    for values in state['state'].values():
+        if values['exp_avg'].dim() == 4:
+            values['exp_avg'] = torch.rand_like(values['exp_avg']).to(
+                memory_format=torch.channels_last)
+    expected = [values['exp_avg'] for values in state['state'].values()]
+    wrapper.load_state_dict(state)
+    for (param, values), average in zip(wrapper.optimizer.state.items(),
+                                        expected):
+        assert values['exp_avg'].stride() == param.stride()
+        assert torch.equal(values['exp_avg'], average)
 
 
 def nested(depth):
@@ -285,7 +305,8 @@ def test_settings_of_groups_may_differ(arch):
 
 @pytest.mark.parametrize('optimizer', [
     dict(loss_scaler='x'), dict(loss_scaler=dict(scale='x')),
-    dict(base_param_settings='x'), dict(base_param_settings=dict(lr='x'))])
+    dict(base_param_settings='x'), dict(base_param_settings=dict(lr='x')),
+    dict(generator=dict(base_param_settings=dict(lr='x')))])
 def test_what_lies_beside_the_state_of_an_optimizer(optimizer, weights):
     with pytest.raises(CheckpointFileError, match='optimizer'):
         without_orders(dict(state_dict=weights, optimizer=optimizer))
@@ -468,7 +489,8 @@ def test_the_best_checkpoint_is_replaced_after_a_resume(world, tmp_path):
     torch.save(run, work_dir / 'iter_1.pth')
     (work_dir / 'last_checkpoint').write_text(str(work_dir / 'iter_1.pth'))
     for name in ('best_coco_bbox_mAP_iter_1.pth', 'best_of_mine.pth',
-                 'best_coco_bbox_mAP_iter_7.pth'):
+                 'best_coco_bbox_mAP_iter_7.pth',
+                 'best_coco_bbox_mAP_iter_1-12345678.pth'):
         (work_dir / name).touch()
     subprocess.run(
         [sys.executable, '-W', 'ignore', 'tools/train.py',
@@ -477,7 +499,8 @@ def test_the_best_checkpoint_is_replaced_after_a_resume(world, tmp_path):
         cwd=ROOT, check=True, capture_output=True)
     assert {path.name for path in work_dir.glob('best_*')} == {
         'best_coco_bbox_mAP_iter_2.pth', 'best_of_mine.pth',
-        'best_coco_bbox_mAP_iter_7.pth'}
+        'best_coco_bbox_mAP_iter_7.pth',
+        'best_coco_bbox_mAP_iter_1-12345678.pth'}
 
 
 def run_tool(name, *args, **options):
