@@ -23,13 +23,13 @@ from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS, MODELS, init_default_scope
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
+from toys import ARCH, randomise
 
 import convnext_mm
 from convnext_mm import CheckpointError, ConvNeXt
 
 ROOT = Path(__file__).resolve().parents[2]
-ARCH = dict(depths=[1, 2, 1, 1], channels=[8, 12, 16, 20])
 State = Dict[str, Tensor]
 
 MAX_SECONDS = 10
@@ -58,14 +58,6 @@ class KeepLoadedWeights(Hook):
         LOADED.update({k: t.clone() for k, t in model.state_dict().items()})
 
     before_test = before_train
-
-
-def randomise(model: nn.Module) -> nn.Module:
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for param in model.parameters():
-            param.copy_(torch.randn(param.shape, generator=generator) * 0.3)
-    return model.eval()
 
 
 BACKBONE = dict(type='convnext_mm.ConvNeXt', arch=ARCH)

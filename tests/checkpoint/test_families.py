@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from toys import randomise
 
 from convnext_mm import (CheckpointError, ConvNeXt, convert_state_dict,
                          load_checkpoint)
@@ -40,15 +41,6 @@ SAMPLES = {
     'timm_v2.pth': ('timm', True),
     'torchvision.pth': ('torchvision', False),
 }
-
-
-def randomise(model: nn.Module) -> nn.Module:
-    """Weights that let every parameter show in the output."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for param in model.parameters():
-            param.copy_(torch.randn(param.shape, generator=generator) * 0.3)
-    return model.eval()
 
 
 def reset_norms(model: nn.Module) -> None:

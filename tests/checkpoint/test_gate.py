@@ -190,7 +190,8 @@ def test_nothing_that_mmengine_acts_on_comes_through(weights):
         meta=dict(config='a', cfg='b', epoch='c', iter=3, seed='d',
                   dataset_meta=dict(classes=('x', )), time='now'),
         message_hub=dict(
-            log_scalars=dict(loss='x'), resumed_keys=dict(iter=True, cfg=True, b='c'),
+            log_scalars=dict(loss='x'),
+            resumed_keys=dict(iter=True, cfg=True, b='c'),
             runtime_info=dict(
                 cfg='a', best_ckpt='/etc', last_ckpt='b', best_score=0.5,
                 keep_ckpt_ids=[1, 2], other_ids=['../x'], iter=3))))
