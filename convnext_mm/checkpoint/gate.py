@@ -111,8 +111,9 @@ def without_orders(content: Dict[str, Any]) -> Dict[str, Any]:
     numbers and lists of whole numbers.
 
     Raises:
-        CheckpointFileError: A state dict is none, or a name in it not text or
-            not printable.
+        CheckpointFileError: A state dict or the message hub is no dictionary, a
+            name of a weight no printable text, or text stands where the
+            settings of an optimizer or loss scale are numbers.
     """
     content = dict(content) if 'state_dict' in content else _state_dict(
         content, 'top level')
