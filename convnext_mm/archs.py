@@ -1,17 +1,19 @@
 """Facts of the published architectures."""
-from typing import Dict, NamedTuple, Tuple
+
+from typing import NamedTuple
 
 
 class Arch(NamedTuple):
     """Facts of a published architecture."""
-    depths: Tuple[int, ...]
-    channels: Tuple[int, ...]
+
+    depths: tuple[int, ...]
+    channels: tuple[int, ...]
     norm_eps: float = 1e-6
 
 
 # tiny to xlarge: arXiv 2201.03545, section 3. atto to nano, huge: arXiv
 # 2301.00808, appendix A. xxlarge: OpenCLIP's ConvNeXt-XXLarge.
-ARCHS: Dict[str, Arch] = {
+ARCHS: dict[str, Arch] = {
     'atto': Arch((2, 2, 6, 2), (40, 80, 160, 320)),
     'femto': Arch((2, 2, 6, 2), (48, 96, 192, 384)),
     'pico': Arch((2, 2, 6, 2), (64, 128, 256, 512)),

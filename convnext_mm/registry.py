@@ -4,40 +4,40 @@
 imported first: MMEngine imports this module when it meets the scope, and the
 ``locations`` below when it looks a name up.
 """
+
 from importlib import import_module
 
 from mmengine.registry import HOOKS as ROOT_HOOKS
 from mmengine.registry import MODELS as ROOT_MODELS
+from mmengine.registry import (
+    OPTIM_WRAPPER_CONSTRUCTORS as ROOT_OPTIM_WRAPPER_CONSTRUCTORS,
+)
 from mmengine.registry import OPTIM_WRAPPERS as ROOT_OPTIM_WRAPPERS
-from mmengine.registry import \
-    OPTIM_WRAPPER_CONSTRUCTORS as ROOT_OPTIM_WRAPPER_CONSTRUCTORS
 from mmengine.registry import WEIGHT_INITIALIZERS as ROOT_WEIGHT_INITIALIZERS
 from mmengine.registry import Registry
 
 SCOPE = 'convnext_mm'
 
-MODELS = Registry(
-    'model', parent=ROOT_MODELS, scope=SCOPE, locations=['convnext_mm'])
-HOOKS = Registry(
-    'hook',
-    parent=ROOT_HOOKS,
-    scope=SCOPE,
-    locations=['convnext_mm.profile_hook'])
+MODELS = Registry('model', parent=ROOT_MODELS, scope=SCOPE, locations=['convnext_mm'])
+HOOKS = Registry('hook', parent=ROOT_HOOKS, scope=SCOPE, locations=['convnext_mm'])
 OPTIM_WRAPPERS = Registry(
     'optimizer wrapper',
     parent=ROOT_OPTIM_WRAPPERS,
     scope=SCOPE,
-    locations=['convnext_mm'])
+    locations=['convnext_mm'],
+)
 OPTIM_WRAPPER_CONSTRUCTORS = Registry(
     'optimizer wrapper constructor',
     parent=ROOT_OPTIM_WRAPPER_CONSTRUCTORS,
     scope=SCOPE,
-    locations=['convnext_mm'])
+    locations=['convnext_mm'],
+)
 WEIGHT_INITIALIZERS = Registry(
     'weight initializer',
     parent=ROOT_WEIGHT_INITIALIZERS,
     scope=SCOPE,
-    locations=['convnext_mm'])
+    locations=['convnext_mm'],
+)
 
 
 def register(registry: Registry):
@@ -57,7 +57,7 @@ def register(registry: Registry):
     return decorate
 
 
-def _register_on_demand(registry: Registry, name: str, location: str) -> None:
+def register_on_demand(registry: Registry, name: str, location: str) -> None:
     """Registers, under its scoped name only, a class whose module is imported
     when it is first built: the module needs a head library."""
 
@@ -66,6 +66,3 @@ def _register_on_demand(registry: Registry, name: str, location: str) -> None:
 
     build.__name__ = name
     registry.register_module(name=name, module=build)
-
-
-_register_on_demand(MODELS, 'SingleRoIExtractor', 'convnext_mm.roi_extractor')

@@ -1,4 +1,5 @@
 """Fixtures that several test files use."""
+
 import os
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 os.environ['TRITON_INTERPRET'] = '1'
 try:
     import triton
-    import triton.language  # noqa: F401
+    import triton.language
 except ImportError:  # not every PyTorch has it
     pass
 else:
@@ -33,6 +34,8 @@ def shared_dir() -> Path:
     """
     path = Path(os.environ.get('CONVNEXT_MM_SHARED', ROOT.parent / 'shared'))
     if not path.is_dir():
-        pytest.skip(f'{path} is missing (real images, sample checkpoints); '
-                    'CONVNEXT_MM_SHARED can name another place')
+        pytest.skip(
+            f'{path} is missing (real images, sample checkpoints); '
+            'CONVNEXT_MM_SHARED can name another place'
+        )
     return path

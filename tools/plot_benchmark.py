@@ -3,115 +3,23 @@ mode, dtype and quantity; times with quartiles, the floor as a dashed line.
 
     python tools/plot_benchmark.py benchmarks/*.json --out benchmarks/plot.png
 """
+
 import argparse
-import json
-from pathlib import Path
-from typing import Dict, List, NamedTuple, Tuple
 
-import matplotlib
-from benchmarking.networks import PEERS
-
-matplotlib.use('Agg')
-import matplotlib.pyplot as plt  # noqa: E402
-
-OURS_COLOUR, PEER_COLOUR, FLOOR_COLOUR = '#c2543d', '#8a94a6', '#333333'
-DTYPE_NAMES = {'amp': 'bf16 autocast', 'amp-fp16': 'fp16 autocast'}
-COLUMNS = 3
-
-
-class Bar(NamedTuple):
-    network: str
-    value: float
-    quartiles: Tuple[float, float] = ()
-    floor: float = 0.
-
-
-def is_ours(network: str) -> bool:
-    return network.split()[0] not in PEERS
-
-
-def bars_of(row: dict) -> Dict[str, Bar]:
-    """The quantities that a row of a result holds, by the axis's label."""
-    name, bars = row['network'], {}
-    if 'median_ms' in row:
-        bars['ms'] = Bar(name, row['median_ms'], row['quartiles_ms'],
-                         row['floor_ms'])
-    if 'saved_bytes' in row:
-        bars['MiB saved for backward'] = Bar(name, row['saved_bytes'] / 2**20)
-    if 'peak_bytes' in row:
-        bars['MiB at the peak'] = Bar(name, row['peak_bytes'] / 2**20)
-    for gib, batch in row.get('largest_batch', {}).items():
-        bars[f'images that fit in {gib} GiB'] = Bar(name, batch)
-    return bars
-
-
-def read_panels(paths: List[str]) -> Dict[Tuple[str, str, str], List[Bar]]:
-    """Bars by (path, title, label of the axis), in the files' order.
-
-    Raises:
-        ValueError: A file is no result of the benchmark.
-    """
-    panels: Dict[Tuple[str, str, str], List[Bar]] = {}
-    for path in paths:
-        result = json.loads(Path(path).read_text())
-        if not isinstance(result, dict) or 'rows' not in result:
-            raise ValueError(f'{path} is no result of tools/benchmark.py')
-        height, width = result['size']
-        case = f'{result["arch"]}, {result["batch"]}x3x{height}x{width}'
-        for row in result['rows']:
-            dtype = DTYPE_NAMES.get(row['dtype'], row['dtype'])
-            for label, bar in bars_of(row).items():
-                title = f'{row["mode"]}, {dtype}\n{case}'
-                panels.setdefault((path, title, label), []).append(bar)
-    return panels
-
-
-def draw_panel(axis, title: str, label: str, bars: List[Bar]) -> None:
-    errors = None
-    if bars[0].quartiles:
-        errors = list(zip(*((bar.value - bar.quartiles[0],
-                             bar.quartiles[1] - bar.value) for bar in bars)))
-        axis.axvline(bars[0].floor, color=FLOOR_COLOUR, linestyle='--',
-                     linewidth=1)
-    drawn = axis.barh(
-        [bar.network for bar in bars], [bar.value for bar in bars],
-        xerr=errors,
-        color=[OURS_COLOUR if is_ours(bar.network) else PEER_COLOUR
-               for bar in bars])
-    largest = max(bar.value for bar in bars)
-    axis.bar_label(drawn, fmt='%.0f' if largest >= 30 else '%.3g', padding=3,
-                   fontsize=8)
-    axis.invert_yaxis()
-    axis.margins(x=0.15)
-    axis.spines[['top', 'right']].set_visible(False)
-    axis.set_xlabel(label)
-    axis.set_title(title, fontsize=10)
+from convnext_mm.apis.benchmark.plot import plot
 
 
 def main(argv=None) -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument('results', nargs='+', metavar='FILE.json')
     parser.add_argument('--out', required=True, metavar='FILE.png')
     args = parser.parse_args(argv)
     try:
-        panels = read_panels(args.results)
+        plot(args.results, args.out)
     except (OSError, ValueError) as error:
-        raise SystemExit(f'error: {error}')
-    if not panels:
-        raise SystemExit('error: the results hold no rows: every network was '
-                         'skipped, "skipped" in the files says why')
-    columns = min(COLUMNS, len(panels))
-    lines = -(-len(panels) // columns)
-    figure, axes = plt.subplots(
-        lines, columns, figsize=(4.6 * columns, 3.2 * lines), squeeze=False)
-    for axis in axes.flat[len(panels):]:
-        axis.remove()
-    for axis, ((_, title, label), bars) in zip(axes.flat, panels.items()):
-        draw_panel(axis, title, label, bars)
-    figure.tight_layout()
-    figure.savefig(args.out, dpi=110)
-    plt.close(figure)
+        raise SystemExit(f'error: {error}') from None
 
 
 if __name__ == '__main__':

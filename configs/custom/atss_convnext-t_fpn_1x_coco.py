@@ -13,8 +13,11 @@ model = dict(
         init_cfg=dict(
             type='Pretrained',
             checkpoint='https://dl.fbaipublicfiles.com/convnext/'
-            'convnext_tiny_1k_224_ema.pth')),
-    neck=dict(in_channels=[192, 384, 768], start_level=0))
+            'convnext_tiny_1k_224_ema.pth',
+        ),
+    ),
+    neck=dict(in_channels=[192, 384, 768], start_level=0),
+)
 
 optim_wrapper = dict(
     _delete_=True,
@@ -22,4 +25,5 @@ optim_wrapper = dict(
     constructor='convnext_mm.LayerDecayOptimWrapperConstructor',
     # fused: the same update in one pass over the weights.
     optimizer=dict(type='AdamW', lr=1e-4, weight_decay=0.05, fused=True),
-    paramwise_cfg=dict(decay_rate=0.95))
+    paramwise_cfg=dict(decay_rate=0.95),
+)

@@ -17,13 +17,14 @@ model = dict(
         init_cfg=dict(
             type='Pretrained',
             checkpoint='https://dl.fbaipublicfiles.com/convnext/'
-            'convnext_tiny_1k_224_ema.pth')),
+            'convnext_tiny_1k_224_ema.pth',
+        ),
+    ),
     decode_head=dict(
-        in_channels=768,
-        in_index=2,
-        c1_in_channels=96,
-        dilations=(1, 6, 12, 18)),
-    auxiliary_head=dict(in_channels=384, in_index=1))
+        in_channels=768, in_index=2, c1_in_channels=96, dilations=(1, 6, 12, 18)
+    ),
+    auxiliary_head=dict(in_channels=384, in_index=1),
+)
 
 optim_wrapper = dict(
     _delete_=True,
@@ -31,8 +32,9 @@ optim_wrapper = dict(
     constructor='convnext_mm.LayerDecayOptimWrapperConstructor',
     # fused: the same update in one pass over the weights.
     optimizer=dict(type='AdamW', lr=1e-4, weight_decay=0.05, fused=True),
-    paramwise_cfg=dict(decay_rate=0.9))
+    paramwise_cfg=dict(decay_rate=0.9),
+)
 param_scheduler = [
     dict(type='LinearLR', start_factor=1e-6, by_epoch=False, begin=0, end=1500),
-    dict(type='PolyLR', power=1.0, by_epoch=False, begin=1500, end=160000)
+    dict(type='PolyLR', power=1.0, by_epoch=False, begin=1500, end=160000),
 ]

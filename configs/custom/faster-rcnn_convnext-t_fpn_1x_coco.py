@@ -12,8 +12,11 @@ model = dict(
         init_cfg=dict(
             type='Pretrained',
             checkpoint='https://dl.fbaipublicfiles.com/convnext/'
-            'convnext_tiny_1k_224_ema.pth')),
-    neck=dict(in_channels=[96, 192, 384, 768]))
+            'convnext_tiny_1k_224_ema.pth',
+        ),
+    ),
+    neck=dict(in_channels=[96, 192, 384, 768]),
+)
 
 optim_wrapper = dict(
     _delete_=True,
@@ -21,4 +24,5 @@ optim_wrapper = dict(
     constructor='convnext_mm.LayerDecayOptimWrapperConstructor',
     # fused: the same update in one pass over the weights.
     optimizer=dict(type='AdamW', lr=1e-4, weight_decay=0.05, fused=True),
-    paramwise_cfg=dict(decay_rate=0.95))
+    paramwise_cfg=dict(decay_rate=0.95),
+)

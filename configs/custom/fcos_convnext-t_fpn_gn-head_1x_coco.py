@@ -5,9 +5,8 @@ custom_imports = dict(imports=['convnext_mm'])
 
 model = dict(
     data_preprocessor=dict(
-        mean=[123.675, 116.28, 103.53],
-        std=[58.395, 57.12, 57.375],
-        bgr_to_rgb=True),
+        mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375], bgr_to_rgb=True
+    ),
     backbone=dict(
         _delete_=True,
         type='convnext_mm.ConvNeXt',
@@ -18,8 +17,11 @@ model = dict(
         init_cfg=dict(
             type='Pretrained',
             checkpoint='https://dl.fbaipublicfiles.com/convnext/'
-            'convnext_tiny_1k_224_ema.pth')),
-    neck=dict(in_channels=[192, 384, 768], start_level=0))
+            'convnext_tiny_1k_224_ema.pth',
+        ),
+    ),
+    neck=dict(in_channels=[192, 384, 768], start_level=0),
+)
 
 optim_wrapper = dict(
     _delete_=True,
@@ -27,4 +29,5 @@ optim_wrapper = dict(
     constructor='convnext_mm.LayerDecayOptimWrapperConstructor',
     # fused: the same update in one pass over the weights.
     optimizer=dict(type='AdamW', lr=1e-4, weight_decay=0.05, fused=True),
-    paramwise_cfg=dict(decay_rate=0.95))
+    paramwise_cfg=dict(decay_rate=0.95),
+)

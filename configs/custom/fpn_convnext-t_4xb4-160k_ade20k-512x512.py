@@ -13,8 +13,11 @@ model = dict(
         init_cfg=dict(
             type='Pretrained',
             checkpoint='https://dl.fbaipublicfiles.com/convnext/'
-            'convnext_tiny_1k_224_ema.pth')),
-    neck=dict(in_channels=[96, 192, 384, 768]))
+            'convnext_tiny_1k_224_ema.pth',
+        ),
+    ),
+    neck=dict(in_channels=[96, 192, 384, 768]),
+)
 
 optim_wrapper = dict(
     _delete_=True,
@@ -22,8 +25,9 @@ optim_wrapper = dict(
     constructor='convnext_mm.LayerDecayOptimWrapperConstructor',
     # fused: the same update in one pass over the weights.
     optimizer=dict(type='AdamW', lr=1e-4, weight_decay=0.05, fused=True),
-    paramwise_cfg=dict(decay_rate=0.9))
+    paramwise_cfg=dict(decay_rate=0.9),
+)
 param_scheduler = [
     dict(type='LinearLR', start_factor=1e-6, by_epoch=False, begin=0, end=1500),
-    dict(type='PolyLR', power=1.0, by_epoch=False, begin=1500, end=160000)
+    dict(type='PolyLR', power=1.0, by_epoch=False, begin=1500, end=160000),
 ]

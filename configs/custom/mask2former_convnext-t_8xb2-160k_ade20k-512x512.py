@@ -13,8 +13,11 @@ model = dict(
         init_cfg=dict(
             type='Pretrained',
             checkpoint='https://dl.fbaipublicfiles.com/convnext/'
-            'convnext_tiny_1k_224_ema.pth')),
-    decode_head=dict(in_channels=[96, 192, 384, 768]))
+            'convnext_tiny_1k_224_ema.pth',
+        ),
+    ),
+    decode_head=dict(in_channels=[96, 192, 384, 768]),
+)
 
 # Mask2Former's own rule for its queries; layer decay for the backbone.
 embed_multi = dict(lr_mult=1.0, decay_mult=0.0)
@@ -26,6 +29,7 @@ optim_wrapper = dict(
         _delete_=True,
         decay_rate=0.8,
         custom_keys=dict(
-            query_embed=embed_multi,
-            query_feat=embed_multi,
-            level_embed=embed_multi)))
+            query_embed=embed_multi, query_feat=embed_multi, level_embed=embed_multi
+        ),
+    ),
+)

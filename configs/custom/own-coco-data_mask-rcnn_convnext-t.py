@@ -18,21 +18,26 @@ max_epochs = 12
 num_classes = len(classes)
 model = dict(
     roi_head=dict(
-        bbox_head=dict(num_classes=num_classes),
-        mask_head=dict(num_classes=num_classes)))
+        bbox_head=dict(num_classes=num_classes), mask_head=dict(num_classes=num_classes)
+    )
+)
 
 train_dataloader = dict(
     dataset=dict(
         data_root=data_root,
         metainfo=dict(classes=classes),
         ann_file='train.json',
-        data_prefix=dict(img='train/')))
+        data_prefix=dict(img='train/'),
+    )
+)
 val_dataloader = dict(
     dataset=dict(
         data_root=data_root,
         metainfo=dict(classes=classes),
         ann_file='val.json',
-        data_prefix=dict(img='val/')))
+        data_prefix=dict(img='val/'),
+    )
+)
 test_dataloader = val_dataloader
 val_evaluator = dict(ann_file=data_root + 'val.json')
 test_evaluator = val_evaluator
@@ -45,8 +50,8 @@ param_scheduler = [
         type='MultiStepLR',
         by_epoch=True,
         milestones=[max_epochs * 2 // 3, max_epochs * 11 // 12],
-        gamma=0.1)
+        gamma=0.1,
+    ),
 ]
 # Keeps the checkpoint with the best mask AP on the validation images.
-default_hooks = dict(
-    checkpoint=dict(max_keep_ckpts=1, save_best='coco/segm_mAP'))
+default_hooks = dict(checkpoint=dict(max_keep_ckpts=1, save_best='coco/segm_mAP'))

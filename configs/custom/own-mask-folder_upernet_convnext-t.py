@@ -8,7 +8,8 @@
 # python tools/train.py configs/custom/YOUR_COPY.py
 _base_ = [
     '../_base_/models/upernet_convnext.py',
-    '../_base_/schedules/adamw_160k.py', '../_base_/seg_runtime.py'
+    '../_base_/schedules/adamw_160k.py',
+    '../_base_/seg_runtime.py',
 ]
 
 # CHANGE: where the data is; ends with a slash.
@@ -37,55 +38,57 @@ model = dict(
         init_cfg=dict(
             type='Pretrained',
             checkpoint='https://dl.fbaipublicfiles.com/convnext/'
-            'convnext_tiny_1k_224_ema.pth')),
+            'convnext_tiny_1k_224_ema.pth',
+        ),
+    ),
     decode_head=dict(num_classes=num_classes, norm_cfg=norm_cfg),
-    auxiliary_head=dict(num_classes=num_classes, norm_cfg=norm_cfg))
+    auxiliary_head=dict(num_classes=num_classes, norm_cfg=norm_cfg),
+)
 
 train_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='LoadAnnotations'),
-    dict(
-        type='RandomResize',
-        scale=scale,
-        ratio_range=(0.5, 2.0),
-        keep_ratio=True),
+    dict(type='RandomResize', scale=scale, ratio_range=(0.5, 2.0), keep_ratio=True),
     dict(type='RandomCrop', crop_size=crop_size, cat_max_ratio=0.75),
     dict(type='RandomFlip', prob=0.5),
     dict(type='PhotoMetricDistortion'),
-    dict(type='PackSegInputs')
+    dict(type='PackSegInputs'),
 ]
 test_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='Resize', scale=scale, keep_ratio=True),
     dict(type='LoadAnnotations'),
-    dict(type='PackSegInputs')
+    dict(type='PackSegInputs'),
 ]
 dataset = dict(
     type='BaseSegDataset',
     data_root=data_root,
     metainfo=dict(classes=classes),
     img_suffix=img_suffix,
-    seg_map_suffix=seg_map_suffix)
+    seg_map_suffix=seg_map_suffix,
+)
 train_dataloader = dict(
     batch_size=batch_size,
     num_workers=4,
     persistent_workers=True,
     sampler=dict(type='InfiniteSampler', shuffle=True),
     dataset=dict(
-        data_prefix=dict(
-            img_path='images/train', seg_map_path='annotations/train'),
+        data_prefix=dict(img_path='images/train', seg_map_path='annotations/train'),
         pipeline=train_pipeline,
-        **dataset))
+        **dataset,
+    ),
+)
 val_dataloader = dict(
     batch_size=1,
     num_workers=4,
     persistent_workers=True,
     sampler=dict(type='DefaultSampler', shuffle=False),
     dataset=dict(
-        data_prefix=dict(
-            img_path='images/val', seg_map_path='annotations/val'),
+        data_prefix=dict(img_path='images/val', seg_map_path='annotations/val'),
         pipeline=test_pipeline,
-        **dataset))
+        **dataset,
+    ),
+)
 test_dataloader = val_dataloader
 val_evaluator = dict(type='IoUMetric', iou_metrics=['mIoU'])
 test_evaluator = val_evaluator
@@ -94,10 +97,9 @@ train_cfg = dict(max_iters=max_iters, val_interval=max_iters // 10)
 optim_wrapper = dict(optimizer=dict(lr=learning_rate))
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.001, by_epoch=False, begin=0, end=500),
-    dict(
-        type='PolyLR', power=1.0, by_epoch=False, begin=500, end=max_iters)
+    dict(type='PolyLR', power=1.0, by_epoch=False, begin=500, end=max_iters),
 ]
 # Keeps the checkpoint with the best mIoU on the validation images.
 default_hooks = dict(
-    checkpoint=dict(
-        interval=max_iters // 10, max_keep_ckpts=1, save_best='mIoU'))
+    checkpoint=dict(interval=max_iters // 10, max_keep_ckpts=1, save_best='mIoU')
+)

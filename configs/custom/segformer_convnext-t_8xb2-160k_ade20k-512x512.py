@@ -13,14 +13,17 @@ model = dict(
         init_cfg=dict(
             type='Pretrained',
             checkpoint='https://dl.fbaipublicfiles.com/convnext/'
-            'convnext_tiny_1k_224_ema.pth')),
-    decode_head=dict(in_channels=[96, 192, 384, 768]))
+            'convnext_tiny_1k_224_ema.pth',
+        ),
+    ),
+    decode_head=dict(in_channels=[96, 192, 384, 768]),
+)
 
 optim_wrapper = dict(
     constructor='convnext_mm.LayerDecayOptimWrapperConstructor',
     # fused: the same update in one pass over the weights.
     optimizer=dict(fused=True),
     paramwise_cfg=dict(
-        _delete_=True,
-        decay_rate=0.9,
-        custom_keys=dict(decode_head=dict(lr_mult=10.))))
+        _delete_=True, decay_rate=0.9, custom_keys=dict(decode_head=dict(lr_mult=10.0))
+    ),
+)

@@ -5,7 +5,7 @@ _base_ = [
     '../_base_/models/mask-rcnn_convnext_fpn.py',
     '../_base_/datasets/coco_instance_ms-crop.py',
     '../_base_/schedules/adamw_scratch-amp.py',
-    'mmdet::_base_/default_runtime.py'
+    'mmdet::_base_/default_runtime.py',
 ]
 
 norm_cfg = dict(type='GN', num_groups=32, requires_grad=True)
@@ -13,10 +13,11 @@ model = dict(
     neck=dict(norm_cfg=norm_cfg),
     roi_head=dict(
         bbox_head=dict(
-            type='Shared4Conv1FCBBoxHead',
-            conv_out_channels=256,
-            norm_cfg=norm_cfg),
-        mask_head=dict(norm_cfg=norm_cfg)))
+            type='Shared4Conv1FCBBoxHead', conv_out_channels=256, norm_cfg=norm_cfg
+        ),
+        mask_head=dict(norm_cfg=norm_cfg),
+    ),
+)
 
 scale = (640, 480)
 train_pipeline = [
@@ -24,7 +25,7 @@ train_pipeline = [
     dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
     dict(type='Resize', scale=scale, keep_ratio=True),
     dict(type='RandomFlip', prob=0.5),
-    dict(type='PackDetInputs')
+    dict(type='PackDetInputs'),
 ]
 test_pipeline = [
     dict(type='LoadImageFromFile'),
@@ -32,8 +33,8 @@ test_pipeline = [
     dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
     dict(
         type='PackDetInputs',
-        meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape',
-                   'scale_factor'))
+        meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor'),
+    ),
 ]
 data_root = 'data/coco_tiny/'
 train_dataloader = dict(
@@ -41,16 +42,18 @@ train_dataloader = dict(
     num_workers=6,
     sampler=dict(_delete_=True, type='InfiniteSampler', shuffle=True),
     batch_sampler=None,
-    dataset=dict(data_root=data_root, pipeline=train_pipeline))
+    dataset=dict(data_root=data_root, pipeline=train_pipeline),
+)
 val_dataloader = dict(
     dataset=dict(
         data_root=data_root,
         ann_file='annotations/instances_train2017.json',
         data_prefix=dict(img='train2017/'),
-        pipeline=test_pipeline))
+        pipeline=test_pipeline,
+    )
+)
 test_dataloader = val_dataloader
-val_evaluator = dict(
-    ann_file=data_root + 'annotations/instances_train2017.json')
+val_evaluator = dict(ann_file=data_root + 'annotations/instances_train2017.json')
 test_evaluator = val_evaluator
 
 max_iters = 200
@@ -59,5 +62,6 @@ param_scheduler = _base_.param_scheduler
 param_scheduler[1].end = max_iters
 default_hooks = dict(
     logger=dict(interval=50, log_metric_by_epoch=False),
-    checkpoint=dict(by_epoch=False, interval=max_iters))
+    checkpoint=dict(by_epoch=False, interval=max_iters),
+)
 log_processor = dict(by_epoch=False)

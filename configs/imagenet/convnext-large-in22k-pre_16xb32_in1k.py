@@ -7,5 +7,8 @@ model = dict(
         init_cfg=dict(
             type='Pretrained',
             checkpoint='https://dl.fbaipublicfiles.com/convnext/'
-            'convnext_large_22k_224.pth')),
-    head=dict(in_channels=1536))
+            'convnext_large_22k_224.pth',
+        ),
+    ),
+    head=dict(in_channels=1536),
+)

@@ -7,8 +7,11 @@ model = dict(
         init_cfg=dict(
             type='Pretrained',
             checkpoint='https://dl.fbaipublicfiles.com/convnext/'
-            'convnext_xlarge_22k_224.pth')),
-    head=dict(in_channels=2048))
+            'convnext_xlarge_22k_224.pth',
+        ),
+    ),
+    head=dict(in_channels=2048),
+)
 
 train_dataloader = dict(batch_size=8)
 

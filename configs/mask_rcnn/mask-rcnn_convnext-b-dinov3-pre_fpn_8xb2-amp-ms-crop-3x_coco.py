@@ -11,9 +11,10 @@ model = dict(
         drop_path_rate=0.6,
         init_cfg=dict(
             type='Pretrained',
-            checkpoint='hf://facebook/'
-            'dinov3-convnext-base-pretrain-lvd1689m')),
-    neck=dict(in_channels=[128, 256, 512, 1024]))
+            checkpoint='hf://facebook/dinov3-convnext-base-pretrain-lvd1689m',
+        ),
+    ),
+    neck=dict(in_channels=[128, 256, 512, 1024]),
+)
 
-optim_wrapper = dict(
-    paramwise_cfg=dict(decay_rate=0.8, num_layers=12))
+optim_wrapper = dict(paramwise_cfg=dict(decay_rate=0.8, num_layers=12))

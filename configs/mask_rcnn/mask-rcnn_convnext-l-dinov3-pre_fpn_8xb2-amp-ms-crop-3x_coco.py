@@ -11,9 +11,10 @@ model = dict(
         drop_path_rate=0.7,
         init_cfg=dict(
             type='Pretrained',
-            checkpoint='hf://facebook/'
-            'dinov3-convnext-large-pretrain-lvd1689m')),
-    neck=dict(in_channels=[192, 384, 768, 1536]))
+            checkpoint='hf://facebook/dinov3-convnext-large-pretrain-lvd1689m',
+        ),
+    ),
+    neck=dict(in_channels=[192, 384, 768, 1536]),
+)
 
-optim_wrapper = dict(
-    paramwise_cfg=dict(decay_rate=0.7, num_layers=12))
+optim_wrapper = dict(paramwise_cfg=dict(decay_rate=0.7, num_layers=12))

@@ -11,8 +11,9 @@ model = dict(
         drop_path_rate=0.6,
         init_cfg=dict(
             type='Pretrained',
-            checkpoint='hf://facebook/'
-            'dinov3-convnext-small-pretrain-lvd1689m')))
+            checkpoint='hf://facebook/dinov3-convnext-small-pretrain-lvd1689m',
+        ),
+    )
+)
 
-optim_wrapper = dict(
-    paramwise_cfg=dict(decay_rate=0.8, num_layers=12))
+optim_wrapper = dict(paramwise_cfg=dict(decay_rate=0.8, num_layers=12))

@@ -10,8 +10,9 @@ model = dict(
         drop_path_rate=0.4,
         init_cfg=dict(
             type='Pretrained',
-            checkpoint='hf://facebook/'
-            'dinov3-convnext-tiny-pretrain-lvd1689m')))
+            checkpoint='hf://facebook/dinov3-convnext-tiny-pretrain-lvd1689m',
+        ),
+    )
+)
 
-optim_wrapper = dict(
-    paramwise_cfg=dict(decay_rate=0.8, num_layers=6))
+optim_wrapper = dict(paramwise_cfg=dict(decay_rate=0.8, num_layers=6))

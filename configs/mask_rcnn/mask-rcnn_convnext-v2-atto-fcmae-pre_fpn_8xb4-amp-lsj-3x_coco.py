@@ -9,5 +9,8 @@ model = dict(
         init_cfg=dict(
             type='Pretrained',
             checkpoint='https://dl.fbaipublicfiles.com/convnext/'
-            'convnextv2/pt_only/convnextv2_atto_1k_224_fcmae.pt')),
-    neck=dict(in_channels=[40, 80, 160, 320]))
+            'convnextv2/pt_only/convnextv2_atto_1k_224_fcmae.pt',
+        ),
+    ),
+    neck=dict(in_channels=[40, 80, 160, 320]),
+)

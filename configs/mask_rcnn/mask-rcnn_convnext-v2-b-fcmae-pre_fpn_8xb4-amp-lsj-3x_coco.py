@@ -9,7 +9,10 @@ model = dict(
         init_cfg=dict(
             type='Pretrained',
             checkpoint='https://dl.fbaipublicfiles.com/convnext/'
-            'convnextv2/pt_only/convnextv2_base_1k_224_fcmae.pt')),
-    neck=dict(in_channels=[128, 256, 512, 1024]))
+            'convnextv2/pt_only/convnextv2_base_1k_224_fcmae.pt',
+        ),
+    ),
+    neck=dict(in_channels=[128, 256, 512, 1024]),
+)
 
 optim_wrapper = dict(paramwise_cfg=dict(num_layers=12))

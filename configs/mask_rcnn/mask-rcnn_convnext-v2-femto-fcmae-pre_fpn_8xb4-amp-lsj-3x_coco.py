@@ -9,5 +9,8 @@ model = dict(
         init_cfg=dict(
             type='Pretrained',
             checkpoint='https://dl.fbaipublicfiles.com/convnext/'
-            'convnextv2/pt_only/convnextv2_femto_1k_224_fcmae.pt')),
-    neck=dict(in_channels=[48, 96, 192, 384]))
+            'convnextv2/pt_only/convnextv2_femto_1k_224_fcmae.pt',
+        ),
+    ),
+    neck=dict(in_channels=[48, 96, 192, 384]),
+)

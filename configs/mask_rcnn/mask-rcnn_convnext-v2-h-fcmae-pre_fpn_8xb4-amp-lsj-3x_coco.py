@@ -9,7 +9,10 @@ model = dict(
         init_cfg=dict(
             type='Pretrained',
             checkpoint='https://dl.fbaipublicfiles.com/convnext/'
-            'convnextv2/pt_only/convnextv2_huge_1k_224_fcmae.pt')),
-    neck=dict(in_channels=[352, 704, 1408, 2816]))
+            'convnextv2/pt_only/convnextv2_huge_1k_224_fcmae.pt',
+        ),
+    ),
+    neck=dict(in_channels=[352, 704, 1408, 2816]),
+)
 
 optim_wrapper = dict(paramwise_cfg=dict(num_layers=12))

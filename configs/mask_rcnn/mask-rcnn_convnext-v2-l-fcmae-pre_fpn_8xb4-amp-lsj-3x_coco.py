@@ -9,7 +9,10 @@ model = dict(
         init_cfg=dict(
             type='Pretrained',
             checkpoint='https://dl.fbaipublicfiles.com/convnext/'
-            'convnextv2/pt_only/convnextv2_large_1k_224_fcmae.pt')),
-    neck=dict(in_channels=[192, 384, 768, 1536]))
+            'convnextv2/pt_only/convnextv2_large_1k_224_fcmae.pt',
+        ),
+    ),
+    neck=dict(in_channels=[192, 384, 768, 1536]),
+)
 
 optim_wrapper = dict(paramwise_cfg=dict(num_layers=12))

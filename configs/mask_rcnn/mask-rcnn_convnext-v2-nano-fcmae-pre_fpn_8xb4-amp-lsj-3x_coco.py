@@ -9,5 +9,8 @@ model = dict(
         init_cfg=dict(
             type='Pretrained',
             checkpoint='https://dl.fbaipublicfiles.com/convnext/'
-            'convnextv2/pt_only/convnextv2_nano_1k_224_fcmae.pt')),
-    neck=dict(in_channels=[80, 160, 320, 640]))
+            'convnextv2/pt_only/convnextv2_nano_1k_224_fcmae.pt',
+        ),
+    ),
+    neck=dict(in_channels=[80, 160, 320, 640]),
+)

@@ -8,13 +8,16 @@
 _base_ = [
     '../_base_/models/mask-rcnn_convnext_fpn.py',
     '../_base_/datasets/coco_instance_lsj.py',
-    '../_base_/schedules/adamw_3x.py', 'mmdet::_base_/default_runtime.py'
+    '../_base_/schedules/adamw_3x.py',
+    'mmdet::_base_/default_runtime.py',
 ]
 
 model = dict(
-    data_preprocessor=dict(batch_augments=[
-        dict(type='BatchFixedSizePad', size=(1024, 1024), pad_mask=True)
-    ]),
+    data_preprocessor=dict(
+        batch_augments=[
+            dict(type='BatchFixedSizePad', size=(1024, 1024), pad_mask=True)
+        ]
+    ),
     backbone=dict(
         arch='tiny',
         use_grn=True,
@@ -22,11 +25,14 @@ model = dict(
         init_cfg=dict(
             type='Pretrained',
             checkpoint='https://dl.fbaipublicfiles.com/convnext/'
-            'convnextv2/pt_only/convnextv2_tiny_1k_224_fcmae.pt')),
-    test_cfg=dict(rcnn=dict(nms=dict(type='soft_nms'))))
+            'convnextv2/pt_only/convnextv2_tiny_1k_224_fcmae.pt',
+        ),
+    ),
+    test_cfg=dict(rcnn=dict(nms=dict(type='soft_nms'))),
+)
 
 train_dataloader = dict(batch_size=4)
 optim_wrapper = dict(
-    optimizer=dict(lr=1e-4),
-    paramwise_cfg=dict(decay_rate=0.95, num_layers=6))
+    optimizer=dict(lr=1e-4), paramwise_cfg=dict(decay_rate=0.95, num_layers=6)
+)
 auto_scale_lr = dict(base_batch_size=32)

@@ -9,9 +9,11 @@ model = dict(
         drop_path_rate=0.4,
         init_cfg=dict(
             type='Pretrained',
-            checkpoint='hf://facebook/'
-            'dinov3-convnext-base-pretrain-lvd1689m')),
+            checkpoint='hf://facebook/dinov3-convnext-base-pretrain-lvd1689m',
+        ),
+    ),
     decode_head=dict(in_channels=[128, 256, 512, 1024]),
-    auxiliary_head=dict(in_channels=512))
+    auxiliary_head=dict(in_channels=512),
+)
 
 optim_wrapper = dict(paramwise_cfg=dict(num_layers=12))

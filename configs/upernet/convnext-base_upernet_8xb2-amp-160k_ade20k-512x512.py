@@ -7,8 +7,11 @@ model = dict(
         init_cfg=dict(
             type='Pretrained',
             checkpoint='https://dl.fbaipublicfiles.com/convnext/'
-            'convnext_base_1k_224_ema.pth')),
+            'convnext_base_1k_224_ema.pth',
+        ),
+    ),
     decode_head=dict(in_channels=[128, 256, 512, 1024]),
-    auxiliary_head=dict(in_channels=512))
+    auxiliary_head=dict(in_channels=512),
+)
 
 optim_wrapper = dict(paramwise_cfg=dict(num_layers=12))

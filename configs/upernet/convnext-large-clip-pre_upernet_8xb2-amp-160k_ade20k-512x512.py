@@ -5,14 +5,18 @@ _base_ = './convnext-tiny_upernet_8xb2-amp-160k_ade20k-512x512.py'
 model = dict(
     # CLIP's normalisation of images, not ImageNet's.
     data_preprocessor=dict(
-        mean=[122.771, 116.746, 104.094], std=[68.500, 66.632, 70.323]),
+        mean=[122.771, 116.746, 104.094], std=[68.500, 66.632, 70.323]
+    ),
     backbone=dict(
         arch='large',
         drop_path_rate=0.4,
         init_cfg=dict(
             type='Pretrained',
-            checkpoint='timm://convnext_large_mlp.clip_laion2b_augreg')),
+            checkpoint='timm://convnext_large_mlp.clip_laion2b_augreg',
+        ),
+    ),
     decode_head=dict(in_channels=[192, 384, 768, 1536]),
-    auxiliary_head=dict(in_channels=768))
+    auxiliary_head=dict(in_channels=768),
+)
 
 optim_wrapper = dict(paramwise_cfg=dict(num_layers=12))

@@ -9,9 +9,11 @@ model = dict(
         drop_path_rate=0.4,
         init_cfg=dict(
             type='Pretrained',
-            checkpoint='hf://facebook/'
-            'dinov3-convnext-large-pretrain-lvd1689m')),
+            checkpoint='hf://facebook/dinov3-convnext-large-pretrain-lvd1689m',
+        ),
+    ),
     decode_head=dict(in_channels=[192, 384, 768, 1536]),
-    auxiliary_head=dict(in_channels=768))
+    auxiliary_head=dict(in_channels=768),
+)
 
 optim_wrapper = dict(paramwise_cfg=dict(num_layers=12))

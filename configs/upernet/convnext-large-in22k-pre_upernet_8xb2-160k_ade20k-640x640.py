@@ -7,9 +7,12 @@ model = dict(
         init_cfg=dict(
             type='Pretrained',
             checkpoint='https://dl.fbaipublicfiles.com/convnext/'
-            'convnext_large_22k_224.pth')),
+            'convnext_large_22k_224.pth',
+        ),
+    ),
     decode_head=dict(in_channels=[192, 384, 768, 1536]),
-    auxiliary_head=dict(in_channels=768))
+    auxiliary_head=dict(in_channels=768),
+)
 
 # In full precision, as published.
 optim_wrapper = dict(type='OptimWrapper')

@@ -9,7 +9,9 @@ model = dict(
         drop_path_rate=0.3,
         init_cfg=dict(
             type='Pretrained',
-            checkpoint='hf://facebook/'
-            'dinov3-convnext-small-pretrain-lvd1689m')))
+            checkpoint='hf://facebook/dinov3-convnext-small-pretrain-lvd1689m',
+        ),
+    )
+)
 
 optim_wrapper = dict(paramwise_cfg=dict(num_layers=12))

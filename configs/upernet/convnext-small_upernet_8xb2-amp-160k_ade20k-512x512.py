@@ -7,6 +7,9 @@ model = dict(
         init_cfg=dict(
             type='Pretrained',
             checkpoint='https://dl.fbaipublicfiles.com/convnext/'
-            'convnext_small_1k_224_ema.pth')))
+            'convnext_small_1k_224_ema.pth',
+        ),
+    )
+)
 
 optim_wrapper = dict(paramwise_cfg=dict(num_layers=12))

@@ -9,5 +9,7 @@ model = dict(
         drop_path_rate=0.4,
         init_cfg=dict(
             type='Pretrained',
-            checkpoint='hf://facebook/'
-            'dinov3-convnext-tiny-pretrain-lvd1689m')))
+            checkpoint='hf://facebook/dinov3-convnext-tiny-pretrain-lvd1689m',
+        ),
+    )
+)

@@ -8,8 +8,11 @@ model = dict(
         init_cfg=dict(
             type='Pretrained',
             checkpoint='https://dl.fbaipublicfiles.com/convnext/'
-            'convnextv2/im1k/convnextv2_base_1k_224_ema.pt')),
+            'convnextv2/im1k/convnextv2_base_1k_224_ema.pt',
+        ),
+    ),
     decode_head=dict(in_channels=[128, 256, 512, 1024]),
-    auxiliary_head=dict(in_channels=512))
+    auxiliary_head=dict(in_channels=512),
+)
 
 optim_wrapper = dict(paramwise_cfg=dict(num_layers=12))

@@ -8,6 +8,9 @@ model = dict(
         init_cfg=dict(
             type='Pretrained',
             checkpoint='https://dl.fbaipublicfiles.com/convnext/'
-            'convnextv2/im1k/convnextv2_femto_1k_224_ema.pt')),
+            'convnextv2/im1k/convnextv2_femto_1k_224_ema.pt',
+        ),
+    ),
     decode_head=dict(in_channels=[48, 96, 192, 384]),
-    auxiliary_head=dict(in_channels=192))
+    auxiliary_head=dict(in_channels=192),
+)

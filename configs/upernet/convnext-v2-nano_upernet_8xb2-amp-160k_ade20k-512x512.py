@@ -8,6 +8,9 @@ model = dict(
         init_cfg=dict(
             type='Pretrained',
             checkpoint='https://dl.fbaipublicfiles.com/convnext/'
-            'convnextv2/im1k/convnextv2_nano_1k_224_ema.pt')),
+            'convnextv2/im1k/convnextv2_nano_1k_224_ema.pt',
+        ),
+    ),
     decode_head=dict(in_channels=[80, 160, 320, 640]),
-    auxiliary_head=dict(in_channels=320))
+    auxiliary_head=dict(in_channels=320),
+)

@@ -8,6 +8,9 @@ model = dict(
         init_cfg=dict(
             type='Pretrained',
             checkpoint='https://dl.fbaipublicfiles.com/convnext/'
-            'convnextv2/im1k/convnextv2_pico_1k_224_ema.pt')),
+            'convnextv2/im1k/convnextv2_pico_1k_224_ema.pt',
+        ),
+    ),
     decode_head=dict(in_channels=[64, 128, 256, 512]),
-    auxiliary_head=dict(in_channels=256))
+    auxiliary_head=dict(in_channels=256),
+)

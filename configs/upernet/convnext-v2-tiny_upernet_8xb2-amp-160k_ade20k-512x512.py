@@ -15,7 +15,10 @@ model = dict(
         init_cfg=dict(
             type='Pretrained',
             checkpoint='https://dl.fbaipublicfiles.com/convnext/'
-            'convnextv2/im1k/convnextv2_tiny_1k_224_ema.pt')))
+            'convnextv2/im1k/convnextv2_tiny_1k_224_ema.pt',
+        ),
+    )
+)
 
 optim_wrapper = dict(paramwise_cfg=dict(decay_type='layer_wise'))
 
@@ -26,10 +29,16 @@ tta_pipeline = [
         transforms=[
             [
                 dict(type='Resize', scale=scale, keep_ratio=True)
-                for scale in ((1536, 384), (1792, 448), (2048, 512),
-                              (2304, 576), (2560, 640))
+                for scale in (
+                    (1536, 384),
+                    (1792, 448),
+                    (2048, 512),
+                    (2304, 576),
+                    (2560, 640),
+                )
             ],
             [dict(type='LoadAnnotations')],
             [dict(type='PackSegInputs')],
-        ])
+        ],
+    ),
 ]

@@ -7,9 +7,12 @@ model = dict(
         init_cfg=dict(
             type='Pretrained',
             checkpoint='https://dl.fbaipublicfiles.com/convnext/'
-            'convnext_xlarge_22k_224.pth')),
+            'convnext_xlarge_22k_224.pth',
+        ),
+    ),
     decode_head=dict(in_channels=[256, 512, 1024, 2048]),
-    auxiliary_head=dict(in_channels=1024))
+    auxiliary_head=dict(in_channels=1024),
+)
 
 # In full precision, as published.
 optim_wrapper = dict(type='OptimWrapper', optimizer=dict(lr=8e-5))

@@ -5,14 +5,17 @@ _base_ = './convnext-tiny_upernet_8xb2-amp-160k_ade20k-512x512.py'
 model = dict(
     # CLIP's normalisation of images, not ImageNet's.
     data_preprocessor=dict(
-        mean=[122.771, 116.746, 104.094], std=[68.500, 66.632, 70.323]),
+        mean=[122.771, 116.746, 104.094], std=[68.500, 66.632, 70.323]
+    ),
     backbone=dict(
         arch='xxlarge',
         drop_path_rate=0.4,
         init_cfg=dict(
-            type='Pretrained',
-            checkpoint='timm://convnext_xxlarge.clip_laion2b_soup')),
+            type='Pretrained', checkpoint='timm://convnext_xxlarge.clip_laion2b_soup'
+        ),
+    ),
     decode_head=dict(in_channels=[384, 768, 1536, 3072]),
-    auxiliary_head=dict(in_channels=1536))
+    auxiliary_head=dict(in_channels=1536),
+)
 
 optim_wrapper = dict(optimizer=dict(lr=8e-5), paramwise_cfg=dict(num_layers=13))

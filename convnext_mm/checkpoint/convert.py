@@ -1,26 +1,41 @@
 """From a checkpoint of any family to this package's layout."""
+
 import math
 import re
 from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import (Any, Collection, Dict, Iterable, List, Mapping,
-                    NamedTuple, Optional, Tuple)
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from ..archs import ARCHS
-from .errors import (CheckpointFileError, CheckpointMismatchError,
-                     UnknownCheckpointError, shown)
-from .families import (FINAL_NORM, NUM_STAGES, Family, Recognised, choose,
-                       label_leftover, norm_names, quoted, recognise)
+from convnext_mm.archs import ARCHS
 
-Shape = Tuple[int, ...]
+from .errors import (
+    CheckpointFileError,
+    CheckpointMismatchError,
+    UnknownCheckpointError,
+    shown,
+)
+from .families import (
+    FINAL_NORM,
+    NUM_STAGES,
+    Family,
+    Recognised,
+    choose,
+    label_leftover,
+    norm_names,
+    quoted,
+    recognise,
+)
+
+Shape = tuple[int, ...]
 MAX_DEPTH = 32  # of dictionaries in dictionaries
 MAX_NAME = 1000  # characters of a parameter's name; real ones have up to 150
 # Two numbers in an element: not numbers that a parameter can take.
-PACKED = (getattr(torch, 'float4_e2m1fn_x2', None), )
+PACKED = (getattr(torch, 'float4_e2m1fn_x2', None),)
 # Elements that tensors may declare beyond what their storages hold: what is
 # done here takes time for what a file really has, whatever it declares.
 MAX_EXPANDED = 2**24
@@ -28,6 +43,7 @@ MAX_EXPANDED = 2**24
 
 class Spec(NamedTuple):
     """What the shapes of a state dict say about its network."""
+
     depths: Shape
     channels: Shape
     in_channels: int
@@ -42,19 +58,21 @@ class Spec(NamedTuple):
         """The published names that fit, or depths and channels."""
         n = len(self.depths)
         names = [
-            name for name, arch in ARCHS.items()
-            if (arch.depths[:n], arch.channels[:n]) == (self.depths,
-                                                        self.channels)
+            name
+            for name, arch in ARCHS.items()
+            if (arch.depths[:n], arch.channels[:n]) == (self.depths, self.channels)
         ]
         return ' or '.join(names) or (
-            f'dict(depths={list(self.depths)}, '
-            f'channels={list(self.channels)})')
+            f'dict(depths={list(self.depths)}, channels={list(self.channels)})'
+        )
 
     def __str__(self) -> str:
-        stages = ('' if len(self.depths) == NUM_STAGES else
-                  f', first {len(self.depths)} stages')
-        return (f'ConvNeXt {"V2" if self.use_grn else "V1"} {self.arch}'
-                f'{stages}')
+        stages = (
+            ''
+            if len(self.depths) == NUM_STAGES
+            else f', first {len(self.depths)} stages'
+        )
+        return f'ConvNeXt {"V2" if self.use_grn else "V1"} {self.arch}{stages}'
 
 
 @dataclass
@@ -71,14 +89,15 @@ class Report:
         not_finite: Keys that hold NaN or Inf.
         obstacles: Sentences on what no backbone of ours has.
     """
+
     family: Family
     prefix: str
     averaged: bool
-    spec: Optional[Spec] = None
-    used: Dict[str, str] = field(default_factory=dict)
-    leftovers: Dict[str, List[str]] = field(default_factory=dict)
-    not_finite: List[str] = field(default_factory=list)
-    obstacles: List[str] = field(default_factory=list)
+    spec: Spec | None = None
+    used: dict[str, str] = field(default_factory=dict)
+    leftovers: dict[str, list[str]] = field(default_factory=dict)
+    not_finite: list[str] = field(default_factory=list)
+    obstacles: list[str] = field(default_factory=list)
 
     def headline(self) -> str:
         """Family, network and where it lay, in one line."""
@@ -88,12 +107,14 @@ class Report:
 
     def leftover_line(self) -> str:
         """What is left out and why, in one line."""
-        return '; '.join(f'{label}: {summarise(keys)}'
-                         for label, keys in self.leftovers.items())
+        return '; '.join(
+            f'{label}: {summarise(keys)}' for label, keys in self.leftovers.items()
+        )
 
 
-def convert(checkpoint: Mapping[str, Any],
-            prefix: Optional[str] = None) -> Tuple[Dict[str, Tensor], Report]:
+def convert(
+    checkpoint: Mapping[str, Any], prefix: str | None = None
+) -> tuple[dict[str, Tensor], Report]:
     """Finds the ConvNeXt in a checkpoint and gives it our names and shapes.
 
     Args:
@@ -118,7 +139,8 @@ def convert(checkpoint: Mapping[str, Any],
     found, averaged = choose(networks, prefix)
     copies = {
         network.prefix + name
-        for network in networks if network is not found
+        for network in networks
+        if network is not found
         for name in network.names
     }
     report = Report(found.family, found.prefix, averaged)
@@ -127,20 +149,24 @@ def convert(checkpoint: Mapping[str, Any],
         report.obstacles.append(
             "its stem is an overlapping stem of two convolutions (timm's "
             '*_ols), the one here is one convolution over patches: take a '
-            'checkpoint of a variant without _ols')
+            'checkpoint of a variant without _ols'
+        )
         names = {
-            theirs: ours for theirs, ours in names.items()
+            theirs: ours
+            for theirs, ours in names.items()
             if not ours.startswith('downsample_layers.0.')
         }
     roots = {name.split('.', 1)[0] for name in found.names}
     state = {}
     for key, tensor in tensors.items():
-        inner = key[len(found.prefix):] if key.startswith(
-            found.prefix) else None
+        inner = key[len(found.prefix) :] if key.startswith(found.prefix) else None
         name = names.get(inner)
         if name is None:
-            label = ('another copy of the network' if key in copies else
-                     _label(key, inner, roots))
+            label = (
+                'another copy of the network'
+                if key in copies
+                else _label(key, inner, roots)
+            )
             report.leftovers.setdefault(label, []).append(key)
             continue
         state[name] = _to_layout(name, inner, tensor, key)
@@ -152,18 +178,18 @@ def convert(checkpoint: Mapping[str, Any],
         report.obstacles.append(
             "its norms have no biases: it is made with RMSNorm (timm's *_rms), "
             'the norms here are LayerNorm: take a checkpoint of a variant '
-            'without _rms')
+            'without _rms'
+        )
     report.not_finite = [
-        report.used[name] for name, tensor in state.items()
-        if not _is_finite(tensor)
+        report.used[name] for name, tensor in state.items() if not _is_finite(tensor)
     ]
     report.spec = infer_spec(state)
     return state, report
 
 
-def _flatten(checkpoint: Mapping[str, Any]) -> Dict[str, Tensor]:
+def _flatten(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
     """Tensors of dictionaries in dictionaries, keys joined with dots."""
-    tensors: Dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     level, depth = [('', checkpoint)], 0
     seen = set()
     while level:
@@ -184,11 +210,11 @@ def _flatten(checkpoint: Mapping[str, Any]) -> Dict[str, Tensor]:
                     if depth > MAX_DEPTH:
                         raise UnknownCheckpointError(
                             'its tensors lie deeper than in '
-                            f'{MAX_DEPTH} dictionaries: pass the inner one')
+                            f'{MAX_DEPTH} dictionaries: pass the inner one'
+                        )
                     _check_name(name)
                     if name in tensors:
-                        raise CheckpointMismatchError(
-                            f'{shown(name)} is in it twice')
+                        raise CheckpointMismatchError(f'{shown(name)} is in it twice')
                     tensors[name] = value
         level = below
     if not tensors:
@@ -199,28 +225,29 @@ def _flatten(checkpoint: Mapping[str, Any]) -> Dict[str, Tensor]:
 def _check_name(name: str) -> None:
     if len(name) >= MAX_NAME:
         raise CheckpointFileError(
-            f'the name of a parameter has {MAX_NAME} characters or more: '
-            f'{shown(name)}')
+            f'the name of a parameter has {MAX_NAME} characters or more: {shown(name)}'
+        )
     if not name.isprintable():
         raise CheckpointFileError(
             'the name of a parameter has characters that cannot be printed: '
-            f'{shown(name)}')
+            f'{shown(name)}'
+        )
 
 
-def _has_overlapping_stem(tensors: Mapping[str, Tensor],
-                          found: Recognised) -> bool:
+def _has_overlapping_stem(tensors: Mapping[str, Tensor], found: Recognised) -> bool:
     """Whether a convolution follows the stem's first, in the place of the norm
     or one after it (behind an activation)."""
     first = found.prefix + found.family.stem[0]
     return first.endswith('0') and any(
         tensors[key].dim() == 4
         for key in (f'{first[:-1]}{i}.weight' for i in (1, 2))
-        if key in tensors)
+        if key in tensors
+    )
 
 
 def _check_expanded(tensors: Iterable[Tensor]) -> None:
-    declared: Dict[int, int] = Counter()  # elements, by storage
-    held: Dict[int, int] = {}
+    declared: dict[int, int] = Counter()  # elements, by storage
+    held: dict[int, int] = {}
     for tensor in tensors:
         storage = tensor.untyped_storage()
         declared[storage.data_ptr()] += tensor.numel()
@@ -229,18 +256,21 @@ def _check_expanded(tensors: Iterable[Tensor]) -> None:
         raise CheckpointMismatchError(
             f'its tensors are expanded from fewer values than they declare, '
             f'{sum(declared.values())} from {sum(held.values())}: save them '
-            'again after .contiguous()')
+            'again after .contiguous()'
+        )
 
 
 INSIDE = 'unknown parameters inside the backbone'
 
 
-def _label(key: str, inner: Optional[str], roots: Collection[str]) -> str:
+def _label(key: str, inner: str | None, roots: Collection[str]) -> str:
     """What a key is that has no place in the backbone."""
-    if inner is not None:
-        if inner.split('.', 1)[0] in roots and 'decoder.' not in inner:
-            return INSIDE
-    return label_leftover(key)
+    is_inside = (
+        inner is not None
+        and inner.split('.', 1)[0] in roots
+        and 'decoder.' not in inner
+    )
+    return INSIDE if is_inside else label_leftover(key)
 
 
 def _to_layout(name: str, inner: str, tensor: Tensor, key: str) -> Tensor:
@@ -248,19 +278,21 @@ def _to_layout(name: str, inner: str, tensor: Tensor, key: str) -> Tensor:
     if not tensor.is_floating_point() or tensor.dtype in PACKED:
         raise CheckpointMismatchError(
             f'{shown(key)} has dtype {tensor.dtype}; weights are '
-            'floating-point (quantised models cannot be loaded)')
+            'floating-point (quantised models cannot be loaded)'
+        )
     layout = 'nested' if tensor.is_nested else tensor.layout
     if layout != torch.strided or tensor.device.type == 'meta':
         raise CheckpointMismatchError(
             f'{shown(key)} is a {layout} tensor on {tensor.device}; weights '
-            'are dense tensors with data')
+            'are dense tensors with data'
+        )
     shape = tuple(tensor.shape)
     if inner.endswith('.kernel'):
         result = _from_sparse_kernel(name, tensor)
     elif name.endswith(('.grn.gamma', '.grn.beta')):
         result = tensor.reshape(1, 1, 1, -1) if _is_vector(shape) else None
     elif name.endswith(('pwconv1.weight', 'pwconv2.weight')):
-        is_matrix = len(shape) == 2 or len(shape) == 4 and shape[2:] == (1, 1)
+        is_matrix = len(shape) == 2 or (len(shape) == 4 and shape[2:] == (1, 1))
         result = tensor.flatten(1) if is_matrix else None
     elif _is_conv(name):
         result = tensor if len(shape) == 4 else None
@@ -268,22 +300,24 @@ def _to_layout(name: str, inner: str, tensor: Tensor, key: str) -> Tensor:
         result = tensor.reshape(-1) if _is_vector(shape) else None
     if result is None or result.numel() == 0:
         raise CheckpointMismatchError(
-            f'{shown(key)} has shape {shape}, which no {name} of a ConvNeXt '
-            'has')
+            f'{shown(key)} has shape {shape}, which no {name} of a ConvNeXt has'
+        )
     return result
 
 
 def _is_conv(name: str) -> bool:
     """Whether a parameter of ours is a convolution's weight."""
-    return name.endswith('dwconv.weight') or re.fullmatch(
-        r'downsample_layers\.(0\.0|[1-3]\.1)\.weight', name) is not None
+    return (
+        name.endswith('dwconv.weight')
+        or re.fullmatch(r'downsample_layers\.(0\.0|[1-3]\.1)\.weight', name) is not None
+    )
 
 
 def _is_vector(shape: Shape) -> bool:
     return sum(n != 1 for n in shape) <= 1 and len(shape) > 0
 
 
-def _from_sparse_kernel(name: str, tensor: Tensor) -> Optional[Tensor]:
+def _from_sparse_kernel(name: str, tensor: Tensor) -> Tensor | None:
     """Kernels of sparse convolutions, positions first and column by column:
     (k * k, C) depthwise, (k * k, C_in, C_out) otherwise."""
     size = math.isqrt(tensor.shape[0]) if tensor.dim() else 0
@@ -296,22 +330,21 @@ def _from_sparse_kernel(name: str, tensor: Tensor) -> Optional[Tensor]:
     return grid.permute(3, 2, 1, 0)
 
 
-def _set_apart_final_norm(state: Dict[str, Tensor], report: Report,
-                          tensors: Iterable[str]) -> None:
+def _set_apart_final_norm(
+    state: dict[str, Tensor], report: Report, tensors: Iterable[str]
+) -> None:
     """mmpretrain's classifiers call their last norm norm3, as its detectors
     call an output norm: alone and with a classifier's head, or with nothing
     else at all, it is the classifier's."""
     norms = {name.split('.')[0] for name in state if name.startswith('norm')}
     is_classifier = all(
-        key.startswith(report.prefix) or '.head.' in f'.{key}'
-        for key in tensors)
-    if (report.family.name == 'mmpretrain' and norms == {'norm3'}
-            and is_classifier):
+        key.startswith(report.prefix) or '.head.' in f'.{key}' for key in tensors
+    )
+    if report.family.name == 'mmpretrain' and norms == {'norm3'} and is_classifier:
         for leaf in ('weight', 'bias'):
             if f'norm3.{leaf}' in state:
                 state[f'{FINAL_NORM}.{leaf}'] = state.pop(f'norm3.{leaf}')
-                report.used[f'{FINAL_NORM}.{leaf}'] = report.used.pop(
-                    f'norm3.{leaf}')
+                report.used[f'{FINAL_NORM}.{leaf}'] = report.used.pop(f'norm3.{leaf}')
 
 
 def _is_finite(tensor: Tensor) -> bool:
@@ -335,64 +368,88 @@ def infer_spec(state: Mapping[str, Tensor]) -> Spec:
     for s in range(NUM_STAGES):
         start = f'stages.{s}.'
         block = {
-            name[len(start):]: tensor
-            for name, tensor in state.items() if name.startswith(start)
+            name[len(start) :]: tensor
+            for name, tensor in state.items()
+            if name.startswith(start)
         }
         layer = [
-            tensor.shape[0] for name, tensor in state.items()
-            if name in (f'downsample_layers.{s}.{0 if s == 0 else 1}.weight',
-                        f'downsample_layers.{s}.{0 if s == 0 else 1}.bias')
+            tensor.shape[0]
+            for name, tensor in state.items()
+            if name
+            in (
+                f'downsample_layers.{s}.{0 if s == 0 else 1}.weight',
+                f'downsample_layers.{s}.{0 if s == 0 else 1}.bias',
+            )
         ]
         if not block and not layer:
             break
-        depths.append(
-            max((int(name.split('.')[0]) + 1 for name in block), default=0))
+        depths.append(max((int(name.split('.')[0]) + 1 for name in block), default=0))
         channels.append(
-            _most_common([
-                tensor.shape[0] for name, tensor in block.items()
-                if name.split('.', 1)[1] in ('norm.weight', 'norm.bias',
-                                             'dwconv.bias', 'pwconv2.bias')
-            ] + layer, 0))
+            _most_common(
+                [
+                    tensor.shape[0]
+                    for name, tensor in block.items()
+                    if name.split('.', 1)[1]
+                    in ('norm.weight', 'norm.bias', 'dwconv.bias', 'pwconv2.bias')
+                ]
+                + layer,
+                0,
+            )
+        )
         hidden.append(
-            _most_common((tensor.shape[0] for name, tensor in block.items()
-                          if name.endswith('.pwconv1.bias')),
-                         4 * channels[-1]))
+            _most_common(
+                (
+                    tensor.shape[0]
+                    for name, tensor in block.items()
+                    if name.endswith('.pwconv1.bias')
+                ),
+                4 * channels[-1],
+            )
+        )
     stem = state.get('downsample_layers.0.0.weight')
     return Spec(
-        tuple(depths), tuple(channels),
+        tuple(depths),
+        tuple(channels),
         stem.shape[1] if stem is not None else 3,
         stem.shape[2] if stem is not None else 4,
-        _most_common((tensor.shape[2] for name, tensor in state.items()
-                      if name.endswith('.dwconv.weight')), 7), tuple(hidden),
+        _most_common(
+            (
+                tensor.shape[2]
+                for name, tensor in state.items()
+                if name.endswith('.dwconv.weight')
+            ),
+            7,
+        ),
+        tuple(hidden),
         any('.grn.' in name for name in state),
-        any(name.endswith('.gamma') and '.grn.' not in name
-            for name in state))
+        any(name.endswith('.gamma') and '.grn.' not in name for name in state),
+    )
 
 
-def expected_shapes(spec: Spec) -> Dict[str, Shape]:
+def expected_shapes(spec: Spec) -> dict[str, Shape]:
     """Shapes of stem, downsampling layers and stages of a network."""
-    shapes: Dict[str, Shape] = {}
+    shapes: dict[str, Shape] = {}
     before = spec.in_channels
     for s, (depth, width, hidden) in enumerate(
-            zip(spec.depths, spec.channels, spec.hidden)):
+        zip(spec.depths, spec.channels, spec.hidden)
+    ):
         size = 2 if s else spec.stem_patch_size
         conv, norm = (1, 0) if s else (0, 1)
         layers = {
             f'downsample_layers.{s}.{conv}': (width, before, size, size),
-            f'downsample_layers.{s}.{norm}': (before if s else width, )
+            f'downsample_layers.{s}.{norm}': (before if s else width,),
         }
         for b in range(depth):
             block = f'stages.{s}.{b}'
-            layers[f'{block}.dwconv'] = (width, 1, spec.kernel_size,
-                                         spec.kernel_size)
-            layers[f'{block}.norm'] = (width, )
+            layers[f'{block}.dwconv'] = (width, 1, spec.kernel_size, spec.kernel_size)
+            layers[f'{block}.norm'] = (width,)
             layers[f'{block}.pwconv1'] = (hidden, width)
             layers[f'{block}.pwconv2'] = (width, hidden)
             if spec.use_grn:
                 shapes[f'{block}.grn.gamma'] = (1, 1, 1, hidden)
                 shapes[f'{block}.grn.beta'] = (1, 1, 1, hidden)
             elif spec.layer_scale:
-                shapes[f'{block}.gamma'] = (width, )
+                shapes[f'{block}.gamma'] = (width,)
         for name, shape in layers.items():
             shapes[f'{name}.weight'] = shape
             shapes[f'{name}.bias'] = shape[:1]
@@ -409,7 +466,7 @@ def check_complete(state: Mapping[str, Tensor], report: Report) -> None:
     """
     expected = expected_shapes(report.spec)
     for s, width in enumerate(report.spec.channels):
-        norm = {f'norm{s}.weight': (width, ), f'norm{s}.bias': (width, )}
+        norm = {f'norm{s}.weight': (width,), f'norm{s}.bias': (width,)}
         if norm.keys() & state.keys():
             expected.update(norm)
     missing = [name for name in expected if name not in state]
@@ -419,24 +476,27 @@ def check_complete(state: Mapping[str, Tensor], report: Report) -> None:
         if name in state and tuple(state[name].shape) != shape
     ]
     extra = [
-        name for name in state if name not in expected
-        and name.startswith(('stages.', 'downsample_layers.'))
+        name
+        for name in state
+        if name not in expected and name.startswith(('stages.', 'downsample_layers.'))
     ] + report.leftovers.get(INSIDE, [])
     reasons = list(report.obstacles)
     if len(report.spec.depths) == 0 or 0 in report.spec.depths:
         reasons.append('a stage has no blocks')
-    for what, keys in (('missing', missing), ('of another shape', wrong),
-                       ('with no place in a ConvNeXt', extra)):
+    for what, keys in (
+        ('missing', missing),
+        ('of another shape', wrong),
+        ('with no place in a ConvNeXt', extra),
+    ):
         if keys:
-            reasons.append(f'{len(keys)} parameters {what}: '
-                           f'{summarise(keys)}')
+            reasons.append(f'{len(keys)} parameters {what}: {summarise(keys)}')
     if reasons:
         raise CheckpointMismatchError(
-            f'{report.headline()}, is incomplete or inconsistent: ' +
-            '; '.join(reasons))
+            f'{report.headline()}, is incomplete or inconsistent: ' + '; '.join(reasons)
+        )
 
 
-def summarise(keys: List[str], limit: int = 3) -> str:
+def summarise(keys: list[str], limit: int = 3) -> str:
     """A few of many keys."""
     text = ', '.join(shown(key, 100) for key in keys[:limit])
     return text if len(keys) <= limit else f'{text}, ... ({len(keys)} in all)'

@@ -1,4 +1,5 @@
 """What can go wrong with a checkpoint, one class for each thing to do."""
+
 import os
 from numbers import Number
 
@@ -20,8 +21,7 @@ class UnknownCheckpointError(CheckpointError):
 
 
 class CheckpointMismatchError(CheckpointError):
-    """The ConvNeXt in the checkpoint is incomplete or does not fit the model.
-    """
+    """The checkpoint's ConvNeXt is incomplete or does not fit the model."""
 
 
 class CheckpointDownloadError(CheckpointError):
@@ -32,12 +32,19 @@ def shown(value: object, limit: int = 200) -> str:
     """A name, path, number or error from outside, as a message may hold it:
     what could move a terminal's cursor or forge a line is escaped, the rest cut
     at ``limit``; of other values only the type, as they may be without end."""
-    is_short = isinstance(value, (list, tuple)) and len(value) <= 4 and all(
-        isinstance(item, Number) for item in value)
-    if not (is_short or value is None
-            or isinstance(value, (str, os.PathLike, Number, Exception))):
+    is_short = (
+        isinstance(value, (list, tuple))
+        and len(value) <= 4
+        and all(isinstance(item, Number) for item in value)
+    )
+    if not (
+        is_short
+        or value is None
+        or isinstance(value, (str, os.PathLike, Number, Exception))
+    ):
         value = f'a {type(value).__name__}'
     text = ''.join(
         c if c.isprintable() else c.encode('unicode_escape').decode('ascii')
-        for c in str(value)[:limit + 1])
+        for c in str(value)[: limit + 1]
+    )
     return text if len(text) <= limit else f'{text[:limit]}...'

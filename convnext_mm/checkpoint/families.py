@@ -5,8 +5,10 @@ Names may use ``{s}`` (stage, from 0), ``{s1}`` (stage, from 1), ``{even}`` and
 ``{odd}`` (2 s, 2 s + 1) and ``{b}`` (block). To add a family, add a row and a
 test. Our own layout is that of the paper's release.
 """
-from functools import lru_cache
-from typing import Dict, Iterable, List, NamedTuple, Optional, Tuple
+
+from collections.abc import Iterable
+from functools import cache
+from typing import NamedTuple
 
 from .errors import UnknownCheckpointError, shown
 
@@ -20,23 +22,24 @@ MAP_NORM = f'{FINAL_NORM}_of_map'
 
 class Family(NamedTuple):
     """How a family names the parts of a ConvNeXt."""
+
     name: str
     origin: str
-    stem: Tuple[str, str]  # convolution, norm
-    downsample: Tuple[str, str]  # of stages 1 to 3: norm, convolution
+    stem: tuple[str, str]  # convolution, norm
+    downsample: tuple[str, str]  # of stages 1 to 3: norm, convolution
     block: str
     dwconv: str
     norm: str
     pwconv1: str
     pwconv2: str
     gamma: str = 'gamma'  # layer scale, V1
-    grn: Tuple[str, str] = ('grn.gamma', 'grn.beta')  # V2
-    final_norm: Optional[str] = None
-    map_norm: Optional[str] = None
-    out_norm: Optional[str] = None  # of each emitted stage
+    grn: tuple[str, str] = ('grn.gamma', 'grn.beta')  # V2
+    final_norm: str | None = None
+    map_norm: str | None = None
+    out_norm: str | None = None  # of each emitted stage
     kernel: str = 'weight'  # of the convolutions after the stem
     # A key that only this family has, where the parts are named as in another.
-    marker: Optional[str] = None
+    marker: str | None = None
 
 
 _PAPER = dict(
@@ -46,7 +49,8 @@ _PAPER = dict(
     dwconv='dwconv',
     norm='norm',
     pwconv1='pwconv1',
-    pwconv2='pwconv2')
+    pwconv2='pwconv2',
+)
 _TIMM = dict(
     stem=('stem.0', 'stem.1'),
     downsample=('stages.{s}.downsample.0', 'stages.{s}.downsample.1'),
@@ -55,7 +59,8 @@ _TIMM = dict(
     norm='norm',
     pwconv1='mlp.fc1',
     pwconv2='mlp.fc2',
-    grn=('mlp.grn.weight', 'mlp.grn.bias'))
+    grn=('mlp.grn.weight', 'mlp.grn.bias'),
+)
 
 FAMILIES = (
     Family(
@@ -64,46 +69,52 @@ FAMILIES = (
         'and segmentors; convnext_mm',
         **_PAPER,
         final_norm='norm',
-        out_norm='norm{s}'),
+        out_norm='norm{s}',
+    ),
     Family(
         'dinov3',
         "DINOv3's release",
         **_PAPER,
         final_norm='norm',
-        marker='norms.3.weight'),
+        marker='norms.3.weight',
+    ),
     Family(
         'fcmae',
         'masked pretraining of ConvNeXt V2, sparse convolutions',
         **{
-            **_PAPER, 'downsample':
-            ('downsample_layers.{s}.0.ln', 'downsample_layers.{s}.1'),
+            **_PAPER,
+            'downsample': ('downsample_layers.{s}.0.ln', 'downsample_layers.{s}.1'),
             'norm': 'norm.ln',
             'pwconv1': 'pwconv1.linear',
-            'pwconv2': 'pwconv2.linear'
+            'pwconv2': 'pwconv2.linear',
         },
-        kernel='kernel'),
+        kernel='kernel',
+    ),
     Family(
         'timm',
         'timm, V1 and V2, linear or 1x1-convolution MLP',
         **_TIMM,
         final_norm='head.norm',
-        map_norm='norm_pre'),
+        map_norm='norm_pre',
+    ),
     Family(
         'open_clip',
         'OpenCLIP, with a timm trunk',
         **_TIMM,
         final_norm='head.norm',
         map_norm='norm_pre',
-        marker='visual.trunk.stem.0.weight'),
+        marker='visual.trunk.stem.0.weight',
+    ),
     Family(
         'timm_features',
         'timm with features_only=True',
         **{
-            **_TIMM, 'stem': ('stem_0', 'stem_1'),
-            'downsample':
-            ('stages_{s}.downsample.0', 'stages_{s}.downsample.1'),
-            'block': 'stages_{s}.blocks.{b}'
-        }),
+            **_TIMM,
+            'stem': ('stem_0', 'stem_1'),
+            'downsample': ('stages_{s}.downsample.0', 'stages_{s}.downsample.1'),
+            'block': 'stages_{s}.blocks.{b}',
+        },
+    ),
     Family(
         'torchvision',
         'torchvision',
@@ -115,13 +126,16 @@ FAMILIES = (
         pwconv1='block.3',
         pwconv2='block.5',
         gamma='layer_scale',
-        final_norm='classifier.0'),
+        final_norm='classifier.0',
+    ),
     Family(
         'huggingface',
         'transformers: ConvNext and ConvNextV2',
         stem=('embeddings.patch_embeddings', 'embeddings.layernorm'),
-        downsample=('encoder.stages.{s}.downsampling_layer.0',
-                    'encoder.stages.{s}.downsampling_layer.1'),
+        downsample=(
+            'encoder.stages.{s}.downsampling_layer.0',
+            'encoder.stages.{s}.downsampling_layer.1',
+        ),
         block='encoder.stages.{s}.layers.{b}',
         dwconv='dwconv',
         norm='layernorm',
@@ -130,49 +144,78 @@ FAMILIES = (
         gamma='layer_scale_parameter',
         grn=('grn.weight', 'grn.bias'),
         final_norm='layernorm',
-        out_norm='hidden_states_norms.stage{s1}'),
+        out_norm='hidden_states_norms.stage{s1}',
+    ),
     Family(
         'huggingface_dinov3',
         'transformers: DINOv3 ConvNext',
         stem=('stages.0.downsample_layers.0', 'stages.0.downsample_layers.1'),
-        downsample=('stages.{s}.downsample_layers.0',
-                    'stages.{s}.downsample_layers.1'),
+        downsample=('stages.{s}.downsample_layers.0', 'stages.{s}.downsample_layers.1'),
         block='stages.{s}.layers.{b}',
         dwconv='depthwise_conv',
         norm='layer_norm',
         pwconv1='pointwise_conv1',
         pwconv2='pointwise_conv2',
-        final_norm='layer_norm'),
+        final_norm='layer_norm',
+    ),
     Family(
         'mmpretrain',
         'mmpretrain classifiers, and MMDetection and MMSegmentation models on '
         'its backbone',
         **{
-            **_PAPER, 'dwconv': 'depthwise_conv',
+            **_PAPER,
+            'dwconv': 'depthwise_conv',
             'pwconv1': 'pointwise_conv1',
-            'pwconv2': 'pointwise_conv2'
+            'pwconv2': 'pointwise_conv2',
         },
-        out_norm='norm{s}'),
+        out_norm='norm{s}',
+    ),
 )
 
 # Leftovers that are expected, by the first pattern of each that a key contains
 # (dots mark whole parts of a name).
-LEFTOVERS: Dict[str, Tuple[str, ...]] = {
-    'text tower': ('.text.', '.transformer.', '.token_embedding.',
-                   '.positional_embedding.', '.ln_final.', '.logit_scale.',
-                   '.logit_bias.', '.text_projection.', '.visual.head.'),
-    'decoder of masked pretraining': ('.decoder.', '.mask_token.', '.proj.',
-                                      '.pred.'),
+LEFTOVERS: dict[str, tuple[str, ...]] = {
+    'text tower': (
+        '.text.',
+        '.transformer.',
+        '.token_embedding.',
+        '.positional_embedding.',
+        '.ln_final.',
+        '.logit_scale.',
+        '.logit_bias.',
+        '.text_projection.',
+        '.visual.head.',
+    ),
+    'decoder of masked pretraining': ('.decoder.', '.mask_token.', '.proj.', '.pred.'),
     'detector or segmentor parts': (
-        '.neck.', '.rpn_head.', '.roi_head.', '.bbox_head.', '.mask_head.',
-        '.decode_head.', '.auxiliary_head.', '.data_preprocessor.'),
-    'final norm': ('.norm.', '.norms.', '.layernorm.', '.layer_norm.',
-                   '.final_norm.', '.norm_pre.', '.head.norm.',
-                   '.classifier.0.'),
+        '.neck.',
+        '.rpn_head.',
+        '.roi_head.',
+        '.bbox_head.',
+        '.mask_head.',
+        '.decode_head.',
+        '.auxiliary_head.',
+        '.data_preprocessor.',
+    ),
+    'final norm': (
+        '.norm.',
+        '.norms.',
+        '.layernorm.',
+        '.layer_norm.',
+        '.final_norm.',
+        '.norm_pre.',
+        '.head.norm.',
+        '.classifier.0.',
+    ),
     'classifier head': ('.head.', '.classifier.', '.fc.'),
-    'output norms that the model does not build':
-    ('.norm0.', '.norm1.', '.norm2.', '.norm3.', '.hidden_states_norms.'),
-    'averaged copy of another training state': ('.ema_state_dict.', ),
+    'output norms that the model does not build': (
+        '.norm0.',
+        '.norm1.',
+        '.norm2.',
+        '.norm3.',
+        '.hidden_states_norms.',
+    ),
+    'averaged copy of another training state': ('.ema_state_dict.',),
 }
 # A container or prefix of these names holds an averaged copy of the weights.
 EMA_NAMES = ('model_ema', 'state_dict_ema', 'ema', 'ema_model')
@@ -180,14 +223,11 @@ EMA_NAMES = ('model_ema', 'state_dict_ema', 'ema', 'ema_model')
 SWAPPED_EMA = 'ema_state_dict'
 
 
-def _affine(ours: str, theirs: str, weight: str = 'weight') -> Dict[str, str]:
-    return {
-        f'{theirs}.{weight}': f'{ours}.weight',
-        f'{theirs}.bias': f'{ours}.bias'
-    }
+def _affine(ours: str, theirs: str, weight: str = 'weight') -> dict[str, str]:
+    return {f'{theirs}.{weight}': f'{ours}.weight', f'{theirs}.bias': f'{ours}.bias'}
 
 
-def _names_of(family: Family) -> Dict[str, str]:
+def _names_of(family: Family) -> dict[str, str]:
     """Every name that the family can give a parameter, to ours."""
     names = {}
     for s in range(NUM_STAGES):
@@ -195,49 +235,51 @@ def _names_of(family: Family) -> Dict[str, str]:
         for i, layer in enumerate(family.downsample if s else family.stem):
             is_kernel = s > 0 and i == 1
             names.update(
-                _affine(f'downsample_layers.{s}.{i}', layer.format(**place),
-                        family.kernel if is_kernel else 'weight'))
+                _affine(
+                    f'downsample_layers.{s}.{i}',
+                    layer.format(**place),
+                    family.kernel if is_kernel else 'weight',
+                )
+            )
         for b in range(MAX_BLOCKS):
             theirs = family.block.format(**place, b=b)
             ours = f'stages.{s}.{b}'
             names.update(
-                _affine(f'{ours}.dwconv', f'{theirs}.{family.dwconv}',
-                        family.kernel))
+                _affine(f'{ours}.dwconv', f'{theirs}.{family.dwconv}', family.kernel)
+            )
             for part in ('norm', 'pwconv1', 'pwconv2'):
                 names.update(
-                    _affine(f'{ours}.{part}',
-                            f'{theirs}.{getattr(family, part)}'))
+                    _affine(f'{ours}.{part}', f'{theirs}.{getattr(family, part)}')
+                )
             names[f'{theirs}.{family.gamma}'] = f'{ours}.gamma'
             names[f'{theirs}.{family.grn[0]}'] = f'{ours}.grn.gamma'
             names[f'{theirs}.{family.grn[1]}'] = f'{ours}.grn.beta'
     return names
 
 
-def norm_names(family: Family) -> Dict[str, str]:
+def norm_names(family: Family) -> dict[str, str]:
     """The family's names of norms outside the stages, to ours."""
     names = {}
-    for ours, theirs in ((FINAL_NORM, family.final_norm),
-                         (MAP_NORM, family.map_norm)):
+    for ours, theirs in ((FINAL_NORM, family.final_norm), (MAP_NORM, family.map_norm)):
         if theirs is not None:
             names.update(_affine(ours, theirs))
     if family.out_norm is not None:
         for s in range(NUM_STAGES):
-            names.update(
-                _affine(f'norm{s}', family.out_norm.format(s=s, s1=s + 1)))
+            names.update(_affine(f'norm{s}', family.out_norm.format(s=s, s1=s + 1)))
     return names
 
 
-@lru_cache(maxsize=None)
-def _all_names() -> Dict[str, Dict[str, str]]:
+@cache
+def _all_names() -> dict[str, dict[str, str]]:
     """name in some family -> {family: our name}."""
-    names: Dict[str, Dict[str, str]] = {}
+    names: dict[str, dict[str, str]] = {}
     for family in FAMILIES:
         for theirs, ours in _names_of(family).items():
             names.setdefault(theirs, {})[family.name] = ours
     return names
 
 
-@lru_cache(maxsize=None)
+@cache
 def _most_parts() -> int:
     """Parts (between dots) of the longest name in any family."""
     return 1 + max(name.count('.') for name in _all_names())
@@ -245,19 +287,22 @@ def _most_parts() -> int:
 
 # What a network has at least, whatever its depth.
 _CORE = {
-    'downsample_layers.0.0.weight', 'stages.0.0.dwconv.weight',
-    'stages.0.0.pwconv1.weight', 'stages.0.0.pwconv2.weight'
+    'downsample_layers.0.0.weight',
+    'stages.0.0.dwconv.weight',
+    'stages.0.0.pwconv1.weight',
+    'stages.0.0.pwconv2.weight',
 }
 
 
 class Recognised(NamedTuple):
     """A ConvNeXt found among the keys of a checkpoint."""
+
     family: Family
     prefix: str
-    names: Dict[str, str]  # key without prefix -> our name
+    names: dict[str, str]  # key without prefix -> our name
 
 
-def recognise(keys: Iterable[str]) -> List[Recognised]:
+def recognise(keys: Iterable[str]) -> list[Recognised]:
     """Every ConvNeXt among the keys, by prefix; the largest first.
 
     A ConvNeXt is what has parameters of stem, downsampling layers or stages
@@ -266,7 +311,7 @@ def recognise(keys: Iterable[str]) -> List[Recognised]:
     there; and others only where they have a network of their own there.
     """
     keys = list(keys)
-    found: Dict[str, Dict[str, Dict[str, str]]] = {}
+    found: dict[str, dict[str, dict[str, str]]] = {}
     for key in keys:
         start = len(key) + 1
         for _ in range(_most_parts()):
@@ -274,36 +319,41 @@ def recognise(keys: Iterable[str]) -> List[Recognised]:
                 break
             start = key.rfind('.', 0, start - 1) + 1
             for family, ours in _all_names().get(key[start:], {}).items():
-                found.setdefault(key[:start],
-                                 {}).setdefault(family,
-                                                {})[key[start:]] = ours
+                found.setdefault(key[:start], {}).setdefault(family, {})[
+                    key[start:]
+                ] = ours
 
     marked = {
         family.name
-        for family in FAMILIES if family.marker is not None and any(
-            f'.{key}'.endswith(f'.{family.marker}') for key in keys)
+        for family in FAMILIES
+        if family.marker is not None
+        and any(f'.{key}'.endswith(f'.{family.marker}') for key in keys)
     }
     results = []
     for prefix, by_family in found.items():
         candidates = sorted(
-            (family for family in FAMILIES if family.name in by_family
-             and (family.marker is None or family.name in marked)),
-            key=lambda family: (len(by_family[family.name]), family.marker is
-                                not None),
-            reverse=True)
-        taken: List[Dict[str, str]] = []
+            (
+                family
+                for family in FAMILIES
+                if family.name in by_family
+                and (family.marker is None or family.name in marked)
+            ),
+            key=lambda family: (len(by_family[family.name]), family.marker is not None),
+            reverse=True,
+        )
+        taken: list[dict[str, str]] = []
         for family in candidates:
             names = by_family[family.name]
             if not taken or (
-                    all(_CORE <= set(n.values()) for n in (*taken, names))
-                    and all(names.keys() - n.keys() for n in taken)):
+                all(set(n.values()) >= _CORE for n in (*taken, names))
+                and all(names.keys() - n.keys() for n in taken)
+            ):
                 taken.append(names)
                 results.append(Recognised(family, prefix, names))
     return sorted(results, key=lambda result: -len(result.names))
 
 
-def choose(found: List[Recognised],
-           prefix: Optional[str]) -> Tuple[Recognised, bool]:
+def choose(found: list[Recognised], prefix: str | None) -> tuple[Recognised, bool]:
     """The ConvNeXt to load, and whether it is an averaged (EMA) copy.
 
     Raises:
@@ -313,39 +363,49 @@ def choose(found: List[Recognised],
     if prefix is not None:
         found = _behind(found, prefix)
     averaged = [r for r in found if set(r.prefix.split('.')) & set(EMA_NAMES)]
-    found = averaged or [
-        r for r in found if SWAPPED_EMA not in r.prefix.split('.')
-    ] or found
+    found = (
+        averaged
+        or [r for r in found if SWAPPED_EMA not in r.prefix.split('.')]
+        or found
+    )
     if not found:
         raise UnknownCheckpointError(
             'no ConvNeXt weights of a known family are in it; known are '
-            f'{", ".join(family.name for family in FAMILIES)}')
+            f'{", ".join(family.name for family in FAMILIES)}'
+        )
     if len(found) > 1:
         if len({r.prefix for r in found}) == 1:
             names = ' and '.join(r.family.name for r in found)
             raise UnknownCheckpointError(
                 f'it holds networks in the names of {names} in one place, '
-                f'behind {quoted(found[0].prefix)}: keep those of one')
-        places = ', '.join(f'{quoted(r.prefix)} ({len(r.names)} parameters)'
-                           for r in found[:4])
+                f'behind {quoted(found[0].prefix)}: keep those of one'
+            )
+        places = ', '.join(
+            f'{quoted(r.prefix)} ({len(r.names)} parameters)' for r in found[:4]
+        )
         raise UnknownCheckpointError(
             f'ConvNeXt parameters lie in more than one place: {places}. '
             'Either keys are doubled, or there are several networks: then '
-            'name one with prefix=...')
+            'name one with prefix=...'
+        )
     return found[0], bool(averaged)
 
 
-def _behind(found: List[Recognised], prefix: str) -> List[Recognised]:
+def _behind(found: list[Recognised], prefix: str) -> list[Recognised]:
     wanted = prefix.rstrip('.') + '.' if prefix else ''
     kept = [
-        r for r in found if not wanted or f'.{r.prefix}'.endswith(f'.{wanted}')
+        r
+        for r in found
+        if not wanted
+        or f'.{r.prefix}'.endswith(f'.{wanted}')
         or f'.{wanted}' in f'.{r.prefix}'
     ]
     if not kept:
         places = ', '.join(quoted(r.prefix) for r in found[:4]) or 'nowhere'
         raise UnknownCheckpointError(
             f'no ConvNeXt weights lie behind prefix={prefix!r}; they were '
-            f'found behind: {places}')
+            f'found behind: {places}'
+        )
     return kept
 
 

@@ -10,12 +10,13 @@ convnext_mm itself when it builds a type of this package. From then on
 - give a ConvNeXt all of its weights, or raise a ``CheckpointError``;
 - do not take the state of an optimizer or scheduler that is not theirs.
 """
+
 import inspect
 import re
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from numbers import Real
-from typing import Any, Dict, Iterator, Union
+from typing import Any
 
 import torch
 from mmengine.infer.infer import BaseInferencer
@@ -26,8 +27,13 @@ from mmengine.registry import WEIGHT_INITIALIZERS
 from mmengine.runner import checkpoint as mmengine_checkpoint
 from torch import Tensor, nn
 
-from .errors import (CheckpointDownloadError, CheckpointError,
-                     CheckpointFileError, CheckpointMismatchError, shown)
+from .errors import (
+    CheckpointDownloadError,
+    CheckpointError,
+    CheckpointFileError,
+    CheckpointMismatchError,
+    shown,
+)
 from .families import quoted, recognise
 from .load import AnyFamily, NoWeightsError, load_pretrained
 from .reader import read_checkpoint
@@ -54,7 +60,8 @@ _load_scheduler = _ParamScheduler.load_state_dict
 def install() -> None:
     """Puts the functions below into MMEngine's places. Twice is as once."""
     mmengine_checkpoint.CheckpointLoader.load_checkpoint = staticmethod(
-        load_for_mmengine)
+        load_for_mmengine
+    )
     mmengine_checkpoint.load_state_dict = load_state_dict
     PretrainedInit.__call__ = initialize
     BaseModule.init_weights = init_weights
@@ -63,9 +70,9 @@ def install() -> None:
     _ParamScheduler.load_state_dict = load_scheduler
 
 
-def load_for_mmengine(filename: str,
-                      map_location: Any = None,
-                      logger: Any = 'current') -> Dict[str, Any]:
+def load_for_mmengine(
+    filename: str, map_location: Any = None, logger: Any = 'current'
+) -> dict[str, Any]:
     """``CheckpointLoader.load_checkpoint``, executing nothing.
 
     Args:
@@ -89,7 +96,8 @@ def load_for_mmengine(filename: str,
         name = mmengine_checkpoint.get_deprecated_model_names().get(name, name)
         if name not in addresses:
             raise CheckpointDownloadError(
-                f'{shown(filename)}: MMEngine knows no such name')
+                f'{shown(filename)}: MMEngine knows no such name'
+            )
         filename = addresses[name]
     content = read_checkpoint(fetch(filename))
     try:
@@ -101,7 +109,7 @@ def load_for_mmengine(filename: str,
     return content
 
 
-def without_orders(content: Dict[str, Any]) -> Dict[str, Any]:
+def without_orders(content: dict[str, Any]) -> dict[str, Any]:
     """A read checkpoint without what MMEngine would act upon.
 
     It runs ``meta['config']``, ``meta['cfg']`` and the ``cfg`` of the message
@@ -115,8 +123,9 @@ def without_orders(content: Dict[str, Any]) -> Dict[str, Any]:
             name of a weight no printable text, or text stands where the
             settings of an optimizer or loss scale are numbers.
     """
-    content = dict(content) if 'state_dict' in content else _state_dict(
-        content, 'top level')
+    content = (
+        dict(content) if 'state_dict' in content else _state_dict(content, 'top level')
+    )
     for key in ('state_dict', 'ema_state_dict'):
         if key in content:
             content[key] = _state_dict(content[key], key)
@@ -125,8 +134,8 @@ def without_orders(content: Dict[str, Any]) -> Dict[str, Any]:
         content['meta'] = {
             key: value
             for key, value in (meta if isinstance(meta, dict) else {}).items()
-            if key not in ('config', 'cfg') and (
-                key not in ('epoch', 'iter', 'seed') or _is_count(value))
+            if key not in ('config', 'cfg')
+            and (key not in ('epoch', 'iter', 'seed') or _is_count(value))
         }
     _check_beside_state(content.get('optimizer'))
     if 'message_hub' in content:
@@ -140,61 +149,79 @@ def _check_beside_state(optimizer: Any) -> None:
     for key, own in optimizer.items() if isinstance(optimizer, dict) else ():
         if key not in ('loss_scaler', 'base_param_settings'):
             _check_beside_state(own if key != 'state' else None)
-        elif not (isinstance(own, dict) and all(
-                _is_number(own[name]) for name in own if name in (
-                    'lr', 'scale', 'growth_factor', 'backoff_factor',
-                    'growth_interval', '_growth_tracker'))):
+        elif not (
+            isinstance(own, dict)
+            and all(
+                _is_number(own[name])
+                for name in own
+                if name
+                in (
+                    'lr',
+                    'scale',
+                    'growth_factor',
+                    'backoff_factor',
+                    'growth_interval',
+                    '_growth_tracker',
+                )
+            )
+        ):
             raise CheckpointFileError(
-                f'the {key} of its optimizer holds {shown(own)} where numbers '
-                'belong')
+                f'the {key} of its optimizer holds {shown(own)} where numbers belong'
+            )
 
 
-def _numbers_of(hub: Any) -> Dict[str, Any]:
+def _numbers_of(hub: Any) -> dict[str, Any]:
     """Of a message hub the histories, and the numbers of its information."""
     if not isinstance(hub, dict):
-        raise CheckpointFileError(
-            f'its message_hub is {shown(hub)}, not a dictionary')
-    parts: Dict[str, Any] = {
+        raise CheckpointFileError(f'its message_hub is {shown(hub)}, not a dictionary')
+    parts: dict[str, Any] = {
         name: {
             key: value
-            for key, value in part.items() if isinstance(key, str)
-            and key.isprintable() and keep(key, value)
+            for key, value in part.items()
+            if isinstance(key, str) and key.isprintable() and keep(key, value)
         }
-        for name, keep in (('log_scalars', _is_history),
-                           ('runtime_info', _is_info),
-                           ('resumed_keys', _is_flag))
-        for part in [hub.get(name)] if isinstance(part, dict)
+        for name, keep in (
+            ('log_scalars', _is_history),
+            ('runtime_info', _is_info),
+            ('resumed_keys', _is_flag),
+        )
+        for part in [hub.get(name)]
+        if isinstance(part, dict)
     }
-    known = {key for name in ('log_scalars', 'runtime_info')
-             for key in parts.get(name, ())}
+    known = {
+        key for name in ('log_scalars', 'runtime_info') for key in parts.get(name, ())
+    }
     if 'resumed_keys' in parts:
-        parts['resumed_keys'] = {key: flag for key, flag in
-                                 parts['resumed_keys'].items() if key in known}
+        parts['resumed_keys'] = {
+            key: flag for key, flag in parts['resumed_keys'].items() if key in known
+        }
     return parts
 
 
-def _state_dict(state: Any, where: str) -> Dict[str, Any]:
+def _state_dict(state: Any, where: str) -> dict[str, Any]:
     if not isinstance(state, Mapping):
         raise CheckpointFileError(
-            f'its {where} is a {type(state).__name__}, not a dictionary of '
-            'weights')
+            f'its {where} is a {type(state).__name__}, not a dictionary of weights'
+        )
     for key in state:
         if not (isinstance(key, str) and key.isprintable()):
             raise CheckpointFileError(
                 f'its {where} has the key {shown(key, 80)} '
-                f'({type(key).__name__}): names of weights are printable text')
+                f'({type(key).__name__}): names of weights are printable text'
+            )
     # As MMEngine's runner cuts names.
     if len({re.sub(r'^module.', '', key) for key in state}) < len(state):
         raise CheckpointFileError(
             f"its {where} has names with and without 'module.' before them, "
-            'two networks in one place: keep those of one')
+            'two networks in one place: keep those of one'
+        )
     clean = OrderedDict(state)
     metadata = getattr(state, '_metadata', None)
     clean._metadata = OrderedDict(
         (name, dict(version=entry['version']))
-        for name, entry in (metadata if isinstance(metadata, dict) else
-                            {}).items()
-        if isinstance(entry, dict) and _is_count(entry.get('version')))
+        for name, entry in (metadata if isinstance(metadata, dict) else {}).items()
+        if isinstance(entry, dict) and _is_count(entry.get('version'))
+    )
     return clean
 
 
@@ -203,8 +230,9 @@ def _is_count(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, Real) or isinstance(
-        value, Tensor) and value.numel() == 1 and not value.is_complex()
+    return isinstance(value, Real) or (
+        isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex()
+    )
 
 
 def _is_flag(key: str, value: Any) -> bool:
@@ -221,8 +249,9 @@ def _is_info(key: str, value: Any) -> bool:
     return value is None or _is_number(value)
 
 
-def load_state_dict(module: nn.Module, state_dict: Dict[str, Tensor],
-                    *args: Any, **kwargs: Any) -> None:
+def load_state_dict(
+    module: nn.Module, state_dict: dict[str, Tensor], *args: Any, **kwargs: Any
+) -> None:
     """``mmengine.runner.checkpoint.load_state_dict``; where there is nothing
     for a ConvNeXt, the refusal says where its weights lie instead.
 
@@ -238,9 +267,13 @@ def load_state_dict(module: nn.Module, state_dict: Dict[str, Tensor],
             f'its ConvNeXt lies behind {quoted(found[0].prefix)}: to start '
             "from a backbone, set init_cfg=dict(type='Pretrained', "
             'checkpoint=...) on the backbone, not on the whole model, and '
-            'leave load_from out' if found else 'it has no ConvNeXt weights')
+            'leave load_from out'
+            if found
+            else 'it has no ConvNeXt weights'
+        )
         raise CheckpointMismatchError(
-            f'loading {type(module).__name__}: {error}; {advice}') from error
+            f'loading {type(module).__name__}: {error}; {advice}'
+        ) from error
 
 
 def _nested_names(state_dict: Mapping) -> Iterator[str]:
@@ -265,7 +298,8 @@ def initialize(init: PretrainedInit, module: nn.Module) -> None:
     except (AssertionError, TypeError, AttributeError, RuntimeError) as error:
         raise CheckpointMismatchError(
             f'{shown(init.checkpoint)} does not fit {type(module).__name__}: '
-            f'{shown(error)}') from error
+            f'{shown(error)}'
+        ) from error
 
 
 def init_weights(module: BaseModule) -> None:
@@ -281,40 +315,43 @@ def init_weights(module: BaseModule) -> None:
     cfgs = [init_cfg] if isinstance(init_cfg, dict) else init_cfg or []
     for cfg in cfgs:
         overrides = cfg.get('override') or []
-        for override in ([overrides] if isinstance(overrides, dict) else
-                         overrides):
+        for override in [overrides] if isinstance(overrides, dict) else overrides:
             if isinstance(module, AnyFamily) and _is_pretrained(
-                    {'type': cfg.get('type'), **override}):
+                {'type': cfg.get('type'), **override}
+            ):
                 raise ValueError(
                     "init_cfg: type='Pretrained' in override=... would load a "
                     f'part of {type(module).__name__}; put it at the top level '
                     'of init_cfg, with prefix=... where the checkpoint holds '
-                    'several networks')
+                    'several networks'
+                )
     try:
         if cfgs:
-            module.init_cfg = [cfg for cfg in cfgs if not _is_pretrained(cfg)
-                               ] + [{**cfg, 'type': _initializer(cfg)}
-                                    for cfg in cfgs if _is_pretrained(cfg)]
+            module.init_cfg = [cfg for cfg in cfgs if not _is_pretrained(cfg)] + [
+                {**cfg, 'type': _initializer(cfg)}
+                for cfg in cfgs
+                if _is_pretrained(cfg)
+            ]
         _init_weights(module)
     finally:
         module.init_cfg = init_cfg
 
 
-def _initializer(cfg: Dict[str, Any]) -> Any:
+def _initializer(cfg: dict[str, Any]) -> Any:
     """The class that a config of an initializer names, as MMEngine finds it."""
     with WEIGHT_INITIALIZERS.switch_scope_and_registry(None) as registry:
         kind = cfg.get('type')
         return registry.get(kind) if isinstance(kind, str) else kind
 
 
-def _is_pretrained(cfg: Dict[str, Any]) -> bool:
+def _is_pretrained(cfg: dict[str, Any]) -> bool:
     kind = _initializer(cfg)
     return isinstance(kind, type) and issubclass(kind, PretrainedInit)
 
 
-def init_inferencer_model(inferencer: BaseInferencer, cfg: Any,
-                          weights: Union[str, None], *args: Any,
-                          **kwargs: Any) -> nn.Module:
+def init_inferencer_model(
+    inferencer: BaseInferencer, cfg: Any, weights: str | None, *args: Any, **kwargs: Any
+) -> nn.Module:
     """``BaseInferencer._init_model``; a config is needed.
 
     Raises:
@@ -324,19 +361,20 @@ def init_inferencer_model(inferencer: BaseInferencer, cfg: Any,
     if not cfg:
         raise CheckpointFileError(
             f'{shown(weights)}: give the config as well (model=...): the one '
-            'stored in a checkpoint is Python code, which is not run')
+            'stored in a checkpoint is Python code, which is not run'
+        )
     return _init_inferencer_model(inferencer, cfg, weights, *args, **kwargs)
 
 
-def init_optim_wrapper(wrapper: OptimWrapper, *args: Any,
-                       **kwargs: Any) -> None:
+def init_optim_wrapper(wrapper: OptimWrapper, *args: Any, **kwargs: Any) -> None:
     """``OptimWrapper.__init__``; the optimizer takes its own state only."""
     _init_optim_wrapper(wrapper, *args, **kwargs)
     wrapper.optimizer.register_load_state_dict_pre_hook(check_state)
 
 
-def check_state(optimizer: torch.optim.Optimizer,
-                state_dict: Dict[str, Any]) -> Dict[str, Any]:
+def check_state(
+    optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]
+) -> dict[str, Any]:
     """Looks at a state to load (fused optimizers do not, and would write beyond
     it), and gives it this run's choice of implementation: ``fused`` and
     ``foreach`` come along with a checkpoint, and would undo what the config
@@ -347,67 +385,105 @@ def check_state(optimizer: torch.optim.Optimizer,
     """
     own, groups = optimizer.param_groups, state_dict.get('param_groups')
     states = state_dict.get('state')
-    if not (isinstance(groups, list) and isinstance(states, dict)
-            and len(groups) == len(own) and all(
-                isinstance(group, dict) and type(group.get('params')) is list
-                and len(group['params']) == len(mine['params'])
-                and all(type(index) is int for index in group['params'])
-                for group, mine in zip(groups, own))):
+    if not (
+        isinstance(groups, list)
+        and isinstance(states, dict)
+        and len(groups) == len(own)
+        and all(
+            isinstance(group, dict)
+            and type(group.get('params')) is list
+            and len(group['params']) == len(mine['params'])
+            and all(type(index) is int for index in group['params'])
+            for group, mine in zip(groups, own)
+        )
+    ):
         raise CheckpointMismatchError(
             'the state of the optimizer has not the groups of parameters of '
-            f'this run ({[len(mine["params"]) for mine in own]})')
+            f'this run ({[len(mine["params"]) for mine in own]})'
+        )
     loaded, states = [], dict(states)
     for mine, group in zip(own, groups):
         for key in dict.fromkeys(('lr', *group)):
-            if key in mine and key != 'params' and not _are_alike(
-                    group.get(key), mine[key]):
+            if (
+                key in mine
+                and key != 'params'
+                and not _are_alike(group.get(key), mine[key])
+            ):
                 raise CheckpointMismatchError(
                     f'the state of the optimizer has {shown(key)}='
                     f'{shown(group.get(key))} where this run has '
-                    f'{shown(mine[key])}')
-        loaded.append({**group, **{key: mine[key] for key in
-                                   IMPLEMENTATION_KEYS if key in mine}})
+                    f'{shown(mine[key])}'
+                )
+        loaded.append(
+            {**group, **{key: mine[key] for key in IMPLEMENTATION_KEYS if key in mine}}
+        )
         kept = _kept_for_a_parameter(optimizer, {**mine, **loaded[-1]})
         for index, param in zip(group['params'], mine['params']):
             state = states.get(index)
             if state is None:
                 continue
-            if not (isinstance(state, dict) and (
-                    not kept or state.keys() == kept.keys() and all(
-                        _is_like(state[key], param) if is_map else
-                        _is_number(state[key])
-                        for key, is_map in kept.items()))):
+            if not (
+                isinstance(state, dict)
+                and (
+                    not kept
+                    or (
+                        state.keys() == kept.keys()
+                        and all(
+                            _is_like(state[key], param)
+                            if is_map
+                            else _is_number(state[key])
+                            for key, is_map in kept.items()
+                        )
+                    )
+                )
+            ):
                 raise CheckpointMismatchError(
                     'the state of the optimizer is not of this model and '
                     f'optimizer: for a parameter of {tuple(param.shape)} it '
-                    'has ' + (', '.join(
-                        f'{shown(key)} {tuple(getattr(value, "shape", ()))}'
-                        for key, value in state.items()) if isinstance(
-                            state, dict) else shown(state)))
+                    'has '
+                    + (
+                        ', '.join(
+                            f'{shown(key)} {tuple(getattr(value, "shape", ()))}'
+                            for key, value in state.items()
+                        )
+                        if isinstance(state, dict)
+                        else shown(state)
+                    )
+                )
             # Elements are taken in the order in which they lie in memory.
             states[index] = {
                 key: torch.empty_like(
-                    param, dtype=value.dtype, device=value.device,
-                    requires_grad=False).copy_(value)
-                if kept.get(key) and value.stride() != param.stride() else
-                value for key, value in state.items()}
+                    param, dtype=value.dtype, device=value.device, requires_grad=False
+                ).copy_(value)
+                if kept.get(key) and value.stride() != param.stride()
+                else value
+                for key, value in state.items()
+            }
     return {**state_dict, 'param_groups': loaded, 'state': states}
 
 
 def _is_like(value: Any, param: Tensor) -> bool:
-    return (isinstance(value, Tensor) and value.shape == param.shape
-            and value.layout == param.layout and not value.is_complex())
+    return (
+        isinstance(value, Tensor)
+        and value.shape == param.shape
+        and value.layout == param.layout
+        and not value.is_complex()
+    )
 
 
-def _kept_for_a_parameter(optimizer: torch.optim.Optimizer,
-                          group: Dict[str, Any]) -> Dict[str, bool]:
+def _kept_for_a_parameter(
+    optimizer: torch.optim.Optimizer, group: dict[str, Any]
+) -> dict[str, bool]:
     """What one of torch's optimizers keeps for a parameter, tried on one, and
     whether in its shape; nothing where it is not torch's."""
     if not type(optimizer).__module__.startswith('torch.optim.'):
         return {}
     accepted = inspect.signature(type(optimizer)).parameters
-    options = {key: value for key, value in group.items() if key in accepted
-               and key not in ('params', *IMPLEMENTATION_KEYS)}
+    options = {
+        key: value
+        for key, value in group.items()
+        if key in accepted and key not in ('params', *IMPLEMENTATION_KEYS)
+    }
     param = nn.Parameter(torch.zeros(1))
     param.grad = torch.zeros(1)
     try:
@@ -416,12 +492,13 @@ def _kept_for_a_parameter(optimizer: torch.optim.Optimizer,
     # L-BFGS wants a closure, SparseAdam sparse gradients.
     except (TypeError, ValueError, RuntimeError):
         return {}
-    return {key: isinstance(value, Tensor) and value.dim() > 0
-            for key, value in trial.state[param].items()}
+    return {
+        key: isinstance(value, Tensor) and value.dim() > 0
+        for key, value in trial.state[param].items()
+    }
 
 
-def load_scheduler(scheduler: _ParamScheduler,
-                   state_dict: Dict[str, Any]) -> None:
+def load_scheduler(scheduler: _ParamScheduler, state_dict: dict[str, Any]) -> None:
     """``_ParamScheduler.load_state_dict``, which sets any attribute.
 
     Raises:
@@ -429,19 +506,28 @@ def load_scheduler(scheduler: _ParamScheduler,
     """
     own = scheduler.state_dict()
     # A function (of OneCycleLR) stays this run's own.
-    state = {
-        key: value for key, value in state_dict.items()
-        if not callable(own.get(key))
-    } if isinstance(state_dict, dict) else None
-    different = ['type'] if state is None else [
-        key for key, value in state.items()
-        if key not in own or not _are_alike(value, own[key])
-        or isinstance(own[key], str) and value != own[key]]
+    state = (
+        {key: value for key, value in state_dict.items() if not callable(own.get(key))}
+        if isinstance(state_dict, dict)
+        else None
+    )
+    different = (
+        ['type']
+        if state is None
+        else [
+            key
+            for key, value in state.items()
+            if key not in own
+            or not _are_alike(value, own[key])
+            or (isinstance(own[key], str) and value != own[key])
+        ]
+    )
     if different:
         raise CheckpointMismatchError(
             f'the state of a {type(scheduler).__name__} is not of this run: '
-            f"{shown(different[0])} differs; resume with the param_scheduler "
-            'that it was saved with')
+            f'{shown(different[0])} differs; resume with the param_scheduler '
+            'that it was saved with'
+        )
     _load_scheduler(scheduler, state)
 
 
@@ -452,10 +538,14 @@ def _are_alike(value: Any, own: Any) -> bool:
     if isinstance(own, (Real, Tensor)):
         return _is_number(value) and not isinstance(value, bool)
     if isinstance(own, (list, tuple)):
-        return isinstance(value, (list, tuple)) and len(value) == len(
-            own) and all(map(_are_alike, value, own))
+        return (
+            isinstance(value, (list, tuple))
+            and len(value) == len(own)
+            and all(map(_are_alike, value, own))
+        )
     if isinstance(own, dict):
         return isinstance(value, dict) and all(
-            _is_count(key) or key in own and _are_alike(value[key], own[key])
-            for key in value)
+            _is_count(key) or (key in own and _are_alike(value[key], own[key]))
+            for key in value
+        )
     return isinstance(value, type(own))

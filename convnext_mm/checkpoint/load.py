@@ -1,27 +1,36 @@
 """Public loading functions, and fitting a checkpoint to a backbone."""
+
 import logging
 import math
 import os
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Dict, Iterator, List, Mapping, Optional, Tuple, Union
+from typing import Any
 
 import torch
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
-from .convert import (INSIDE, Report, Spec, check_complete, convert,
-                      infer_spec, summarise)
+from .convert import (
+    INSIDE,
+    Report,
+    Spec,
+    check_complete,
+    convert,
+    infer_spec,
+    summarise,
+)
 from .errors import CheckpointError, CheckpointMismatchError, shown
 from .families import FINAL_NORM, MAP_NORM, NUM_STAGES
 from .reader import check_format, read_checkpoint
 from .remote import fetch
 
-Source = Union[str, os.PathLike]
+Source = str | os.PathLike
 
 
-def load_checkpoint(source: Source,
-                    prefix: Optional[str] = None,
-                    trust_pickle: bool = False) -> Dict[str, Tensor]:
+def load_checkpoint(
+    source: Source, prefix: str | None = None, trust_pickle: bool = False
+) -> dict[str, Tensor]:
     """Reads the ConvNeXt of any known checkpoint, safely.
 
     Args:
@@ -59,8 +68,7 @@ def check_source(source: Source) -> None:
         check_format(source)
 
 
-def convert_state_dict(
-        state_dict: Mapping[str, Any]) -> Tuple[Dict[str, Tensor], str]:
+def convert_state_dict(state_dict: Mapping[str, Any]) -> tuple[dict[str, Tensor], str]:
     """Gives the ConvNeXt in a loaded checkpoint our names and shapes.
 
     Args:
@@ -74,18 +82,19 @@ def convert_state_dict(
         CheckpointError: No ConvNeXt, several, or an incomplete one.
     """
     if not isinstance(state_dict, Mapping):
-        raise TypeError('state_dict must be a dictionary of tensors, got '
-                        f'{type(state_dict).__name__}')
+        raise TypeError(
+            'state_dict must be a dictionary of tensors, got '
+            f'{type(state_dict).__name__}'
+        )
     state, report = convert(state_dict)
     check_complete(state, report)
     _log_findings('the state dict', report)
     return without_final_norm(state, report), report.family.name
 
 
-def read_backbone(source: Source,
-                  prefix: Optional[str] = None,
-                  trust_pickle: bool = False
-                  ) -> Tuple[Dict[str, Tensor], Report]:
+def read_backbone(
+    source: Source, prefix: str | None = None, trust_pickle: bool = False
+) -> tuple[dict[str, Tensor], Report]:
     """As :func:`load_checkpoint`, with the report, a final norm as
     ``final_norm.*``, and without a check that it is complete."""
     checkpoint = read_checkpoint(fetch(source), trust_pickle=trust_pickle)
@@ -93,14 +102,16 @@ def read_backbone(source: Source,
         return convert(checkpoint, prefix)
 
 
-def without_final_norm(state: Mapping[str, Tensor],
-                       report: Report) -> Dict[str, Tensor]:
+def without_final_norm(
+    state: Mapping[str, Tensor], report: Report
+) -> dict[str, Tensor]:
     """The state dict without a classifier's last norm, which becomes a leftover
     in the report."""
     final = [name for name in state if name.startswith(FINAL_NORM)]
     if final:
         report.leftovers.setdefault('final norm', []).extend(
-            report.used.pop(name) for name in final)
+            report.used.pop(name) for name in final
+        )
     return {name: t for name, t in state.items() if name not in final}
 
 
@@ -115,17 +126,19 @@ class AnyFamily(nn.Module):
     Attributes:
         allow_partial (bool): Take what fits.
     """
+
     allow_partial: bool
 
-    def _load_from_state_dict(self, state_dict: Dict[str, Tensor], prefix: str,
-                              *args: Any) -> None:
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Tensor], prefix: str, *args: Any
+    ) -> None:
         convert_in_place(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def load_pretrained(backbone: AnyFamily,
-                    source: Source,
-                    prefix: Optional[str] = None) -> None:
+def load_pretrained(
+    backbone: AnyFamily, source: Source, prefix: str | None = None
+) -> None:
     """Loads a checkpoint into a :class:`convnext_mm.ConvNeXt`: all that the
     backbone has, or nothing and an error.
 
@@ -145,15 +158,17 @@ def load_pretrained(backbone: AnyFamily,
     if any(param.is_meta for param in params.values()):
         raise CheckpointMismatchError(
             f'{shown(source)}: the backbone lies on the meta device, without '
-            "memory for weights: call to_empty(device='cpu') first")
+            "memory for weights: call to_empty(device='cpu') first"
+        )
     with torch.no_grad():
         for name, tensor in fitted.items():
             params[name].copy_(tensor)
     _log_findings(source, report)
 
 
-def convert_in_place(backbone: AnyFamily, state_dict: Dict[str, Tensor],
-                     prefix: str) -> None:
+def convert_in_place(
+    backbone: AnyFamily, state_dict: dict[str, Tensor], prefix: str
+) -> None:
     """Gives the part of a whole model's state dict that is for the backbone our
     names, whichever family's it has, and checks that it is complete.
 
@@ -167,22 +182,24 @@ def convert_in_place(backbone: AnyFamily, state_dict: Dict[str, Tensor],
             does not fit.
     """
     keys = [
-        key for key in state_dict
-        if isinstance(key, str) and key.startswith(prefix)
+        key for key in state_dict if isinstance(key, str) and key.startswith(prefix)
     ]
     where = f'the state dict behind {prefix!r}' if prefix else 'the state dict'
     if not keys and backbone.allow_partial:
         return
-    part = {key[len(prefix):]: state_dict[key] for key in keys}
+    part = {key[len(prefix) :]: state_dict[key] for key in keys}
     with _naming(where):
         if not keys:
             raise NoWeightsError(
                 'there are no weights for the ConvNeXt (allow_partial=True on '
-                'it leaves it as it is)')
+                'it leaves it as it is)'
+            )
         state, report = convert(part)
         fitted = fit(backbone, state, report)
-    if all(name in fitted and fitted[name].shape == tensor.shape
-           for name, tensor in part.items()):
+    if all(
+        name in fitted and fitted[name].shape == tensor.shape
+        for name, tensor in part.items()
+    ):
         return  # our own names
     for key in keys:
         del state_dict[key]
@@ -190,8 +207,9 @@ def convert_in_place(backbone: AnyFamily, state_dict: Dict[str, Tensor],
     _log_findings('the backbone', report)
 
 
-def fit(backbone: nn.Module, state: Mapping[str, Tensor],
-        report: Report) -> Dict[str, Tensor]:
+def fit(
+    backbone: nn.Module, state: Mapping[str, Tensor], report: Report
+) -> dict[str, Tensor]:
     """What of a converted state dict goes into which parameter of a backbone.
 
     Args:
@@ -217,18 +235,19 @@ def fit(backbone: nn.Module, state: Mapping[str, Tensor],
     needed = {name.split('.')[0] for name in state}
     needed |= {'stages', 'downsample_layers'}
     missing = [
-        name for name in params
-        if name not in state and name.split('.')[0] in needed
+        name for name in params if name not in state and name.split('.')[0] in needed
     ]
     wrong = [
-        name for name, param in params.items()
+        name
+        for name, param in params.items()
         if name in state and state[name].shape != param.shape
     ]
     too_large = {
         name: value
         for name, param in params.items()
-        if name in state and name not in wrong and
-        (value := overflow(state[name], param.dtype))
+        if name in state
+        and name not in wrong
+        and (value := overflow(state[name], param.dtype))
     }
     if too_large:
         name, value = next(iter(too_large.items()))
@@ -236,29 +255,33 @@ def fit(backbone: nn.Module, state: Mapping[str, Tensor],
             f'{len(too_large)} parameters hold more than the dtype of the '
             f"backbone's can, such as {name}, {value:.3g} in "
             f'{params[name].dtype}: take an undamaged checkpoint, or a wider '
-            'dtype')
+            'dtype'
+        )
     extra = report.leftovers.get(INSIDE, []) + [
-        name for name in state
-        if name not in params and _stage(name) < num_stages
+        name for name in state if name not in params and _stage(name) < num_stages
     ]
     if obstacles or missing or wrong or extra:
-        message = _diagnose(params, state, report, obstacles, sorted(missing),
-                            wrong, extra)
+        message = _diagnose(
+            params, state, report, obstacles, sorted(missing), wrong, extra
+        )
         if not backbone.allow_partial:
             raise CheckpointMismatchError(
                 f'{message}\nNothing was loaded. To load what fits and leave '
-                'the rest as it is: allow_partial=True on the backbone')
+                'the rest as it is: allow_partial=True on the backbone'
+            )
         if len(missing) + len(wrong) + len(too_large) >= len(params):
             raise CheckpointMismatchError(
-                f'{message}\nNothing fits, not even with allow_partial')
+                f'{message}\nNothing fits, not even with allow_partial'
+            )
         print_log(
             f'allow_partial: {message}\nThe rest is loaded',
             logger='current',
-            level=logging.WARNING)
+            level=logging.WARNING,
+        )
     fitted = {
         name: tensor
-        for name, tensor in state.items() if name in params
-        and name not in wrong and name not in too_large
+        for name, tensor in state.items()
+        if name in params and name not in wrong and name not in too_large
     }
     _note_unused(state, params, report)
     _log_norms(params, fitted)
@@ -271,22 +294,27 @@ def _stage(name: str) -> int:
     return int(number) if part in ('stages', 'downsample_layers') else 99
 
 
-def _place_last_norm(backbone: nn.Module, state: Dict[str, Tensor],
-                     params: Mapping[str, Tensor],
-                     obstacles: List[str]) -> None:
+def _place_last_norm(
+    backbone: nn.Module,
+    state: dict[str, Tensor],
+    params: Mapping[str, Tensor],
+    obstacles: list[str],
+) -> None:
     """Makes a classifier's last norm the output norm of the last stage, where
     both do the same and the checkpoint has no such output norm."""
     ours = f'norm{NUM_STAGES - 1}'
     leaves = ('weight', 'bias')
-    if f'{ours}.weight' not in params or any(f'{ours}.{leaf}' in state
-                                             for leaf in leaves):
+    if f'{ours}.weight' not in params or any(
+        f'{ours}.{leaf}' in state for leaf in leaves
+    ):
         return
     of_map = any(f'{MAP_NORM}.{leaf}' in state for leaf in leaves)
     if of_map and backbone.gap_before_final_norm:
         obstacles.append(
             "the checkpoint's network normalises its last map and then pools "
             "(timm's head_norm_first, norm_pre), the backbone does it the "
-            'other way round: emit maps, gap_before_final_norm=False')
+            'other way round: emit maps, gap_before_final_norm=False'
+        )
         return
     if not of_map and not backbone.gap_before_final_norm:
         return
@@ -296,23 +324,22 @@ def _place_last_norm(backbone: nn.Module, state: Dict[str, Tensor],
             state[f'{ours}.{leaf}'] = state.pop(f'{theirs}.{leaf}')
     if of_map:
         print_log(
-            f'norm_pre, which normalises the last map, becomes {ours}',
-            logger='current')
+            f'norm_pre, which normalises the last map, becomes {ours}', logger='current'
+        )
 
 
 def overflow(tensor: Tensor, dtype: torch.dtype) -> float:
     """The largest finite magnitude in a tensor if ``dtype`` cannot hold it,
     else 0."""
     if torch.finfo(tensor.dtype).max <= torch.finfo(dtype).max:
-        return 0.
+        return 0.0
     if tensor.element_size() == 1:  # much is not implemented for fp8
         tensor = tensor.float()
-    largest = tensor.detach().nan_to_num(0., 0., 0.).abs().max()
-    return 0. if math.isfinite(largest.to(dtype)) else float(largest)
+    largest = tensor.detach().nan_to_num(0.0, 0.0, 0.0).abs().max()
+    return 0.0 if math.isfinite(largest.to(dtype)) else float(largest)
 
 
-def _adapt_stem(state: Dict[str, Tensor], params: Mapping[str,
-                                                          Tensor]) -> None:
+def _adapt_stem(state: dict[str, Tensor], params: Mapping[str, Tensor]) -> None:
     """Makes the stem of an RGB network take another number of channels.
 
     Fewer channels get the average over red, green and blue; more repeat them in
@@ -339,74 +366,96 @@ def _adapt_stem(state: Dict[str, Tensor], params: Mapping[str,
         f'The checkpoint takes 3 channels, the backbone {wanted}: the '
         f'stem is {"averaged" if wanted < 3 else "repeated"} over channels '
         f'and scaled by 3 / {wanted}',
-        logger='current')
+        logger='current',
+    )
 
 
-def _diagnose(params: Mapping[str, Tensor], state: Mapping[str, Tensor],
-              report: Report, obstacles: List[str], missing: List[str],
-              wrong: List[str], extra: List[str]) -> str:
+def _diagnose(
+    params: Mapping[str, Tensor],
+    state: Mapping[str, Tensor],
+    report: Report,
+    obstacles: list[str],
+    missing: list[str],
+    wrong: list[str],
+    extra: list[str],
+) -> str:
     """What differs between a checkpoint and a backbone, in a few lines."""
     theirs, ours = report.spec, infer_spec(params)
     lines = [f'{report.headline()}, does not fit the backbone ({ours}):']
     lines += [f'- {hint}' for hint in obstacles + _hints(theirs, ours)]
-    for what, names in (('missing in the checkpoint', missing),
-                        ('not in the backbone', extra)):
+    for what, names in (
+        ('missing in the checkpoint', missing),
+        ('not in the backbone', extra),
+    ):
         if names:
-            lines.append(f'- {len(names)} parameters {what}: '
-                         f'{_group(names)}')
+            lines.append(f'- {len(names)} parameters {what}: {_group(names)}')
     if wrong:
         lines.append(
-            f'- {len(wrong)} parameters of another shape, such as ' + ', '.
-            join(f'{name} {tuple(state[name].shape)}, in the backbone '
-                 f'{tuple(params[name].shape)}' for name in wrong[:2]))
+            f'- {len(wrong)} parameters of another shape, such as '
+            + ', '.join(
+                f'{name} {tuple(state[name].shape)}, in the backbone '
+                f'{tuple(params[name].shape)}'
+                for name in wrong[:2]
+            )
+        )
     return '\n'.join(lines)
 
 
-def _hints(theirs: Spec, ours: Spec) -> List[str]:
+def _hints(theirs: Spec, ours: Spec) -> list[str]:
     n = min(len(theirs.depths), len(ours.depths))
     hints = []
     if n < len(ours.depths):
-        hints.append(f'the checkpoint has only the first {n} stages: emit no '
-                     'later ones (out_indices), or take another checkpoint')
-    if (theirs.depths[:n], theirs.channels[:n]) != (ours.depths[:n],
-                                                    ours.channels[:n]):
+        hints.append(
+            f'the checkpoint has only the first {n} stages: emit no '
+            'later ones (out_indices), or take another checkpoint'
+        )
+    if (theirs.depths[:n], theirs.channels[:n]) != (ours.depths[:n], ours.channels[:n]):
         arch = (
-            repr(theirs.arch) if '(' not in theirs.arch
-            and ' or ' not in theirs.arch else theirs.arch)
-        hints.append(f'the checkpoint is {theirs.arch}, the config says '
-                     f'{ours.arch}: set arch={arch}')
+            repr(theirs.arch)
+            if '(' not in theirs.arch and ' or ' not in theirs.arch
+            else theirs.arch
+        )
+        hints.append(
+            f'the checkpoint is {theirs.arch}, the config says '
+            f'{ours.arch}: set arch={arch}'
+        )
     if theirs.use_grn != ours.use_grn:
         hints.append(
-            'these are ConvNeXt V2 weights, the backbone is V1: set '
-            'use_grn=True' if theirs.use_grn else
-            'these are ConvNeXt V1 weights, the backbone is V2: set '
-            'use_grn=False')
+            'these are ConvNeXt V2 weights, the backbone is V1: set use_grn=True'
+            if theirs.use_grn
+            else 'these are ConvNeXt V1 weights, the backbone is V2: set use_grn=False'
+        )
     elif theirs.layer_scale != ours.layer_scale:
         hints.append(
             'the checkpoint has layer scale, the backbone not: set '
-            'layer_scale_init_value=1e-6' if theirs.layer_scale else
-            'the checkpoint has no layer scale: set layer_scale_init_value=0')
+            'layer_scale_init_value=1e-6'
+            if theirs.layer_scale
+            else 'the checkpoint has no layer scale: set layer_scale_init_value=0'
+        )
     for setting in ('in_channels', 'stem_patch_size', 'kernel_size'):
         value = getattr(theirs, setting)
         if value != getattr(ours, setting):
-            reason = (f'its first layer has {value} channels'
-                      if setting == 'in_channels' else
-                      f'its {setting} is {value}')
-            hints.append(f'{reason}, the backbone {getattr(ours, setting)}: '
-                         f'set {setting}={value}')
+            reason = (
+                f'its first layer has {value} channels'
+                if setting == 'in_channels'
+                else f'its {setting} is {value}'
+            )
+            hints.append(
+                f'{reason}, the backbone {getattr(ours, setting)}: '
+                f'set {setting}={value}'
+            )
     ratios = {h / c for h, c in zip(theirs.hidden, theirs.channels) if c}
     if len(ratios) == 1 and ratios != {
-            h / c
-            for h, c in zip(ours.hidden, ours.channels)
+        h / c for h, c in zip(ours.hidden, ours.channels)
     }:
         hints.append(f'its mlp_ratio is {ratios.pop():g}: set mlp_ratio')
     return hints
 
 
-def _group(names: List[str]) -> str:
+def _group(names: list[str]) -> str:
     """Parameter names; those of several blocks of a stage counted instead of
     listed."""
-    groups: Dict[str, List[str]] = {}
+    groups: dict[str, list[str]] = {}
     for name in names:
         parts = name.split('.')
         if parts[0] == 'stages' and len(parts) > 3:
@@ -419,8 +468,9 @@ def _group(names: List[str]) -> str:
     return summarise(listed, limit=6)
 
 
-def _note_unused(state: Mapping[str, Tensor], params: Mapping[str, Tensor],
-                 report: Report) -> None:
+def _note_unused(
+    state: Mapping[str, Tensor], params: Mapping[str, Tensor], report: Report
+) -> None:
     for name in state:
         if name in params:
             continue
@@ -433,24 +483,27 @@ def _note_unused(state: Mapping[str, Tensor], params: Mapping[str, Tensor],
         report.leftovers.setdefault(label, []).append(report.used[name])
 
 
-def _log_norms(params: Mapping[str, Tensor],
-               fitted: Mapping[str, Tensor]) -> None:
-    kept = sorted({
-        name.split('.')[0]
-        for name in params if name.startswith('norm') and name not in fitted
-    })
+def _log_norms(params: Mapping[str, Tensor], fitted: Mapping[str, Tensor]) -> None:
+    kept = sorted(
+        {
+            name.split('.')[0]
+            for name in params
+            if name.startswith('norm') and name not in fitted
+        }
+    )
     if kept:
         print_log(
             f'Output norms that the checkpoint lacks keep their initial '
             f'values: {", ".join(kept)}',
-            logger='current')
+            logger='current',
+        )
 
 
 def _log_findings(source: Source, report: Report) -> None:
     print_log(
-        f'Weights of {shown(source)}: {report.headline()}, '
-        f'{len(report.used)} tensors',
-        logger='current')
+        f'Weights of {shown(source)}: {report.headline()}, {len(report.used)} tensors',
+        logger='current',
+    )
     if report.leftovers:
         print_log(f'Left out: {report.leftover_line()}', logger='current')
     warn_not_finite(report)
@@ -463,7 +516,8 @@ def warn_not_finite(report: Report) -> None:
             f'{len(report.not_finite)} weights hold NaN or Inf: '
             f'{summarise(report.not_finite, 10)}',
             logger='current',
-            level=logging.WARNING)
+            level=logging.WARNING,
+        )
 
 
 @contextmanager

@@ -5,18 +5,21 @@ before torch 1.6 and in OpenMMLab's published files, a row of pickles). A file
 is opened once and every byte is read once: what :mod:`.pickle_check` has looked
 at is what PyTorch's ``weights_only`` unpickler then gets.
 """
+
 import datetime
 import io
+import itertools
 import json
 import os
 import stat
 import struct
 import zipfile
 from argparse import Namespace
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from threading import Lock
-from typing import Any, BinaryIO, Callable, Dict, Iterator, List, Tuple, Union
+from typing import Any, BinaryIO
 
 import numpy as np
 import safetensors.torch
@@ -24,10 +27,16 @@ import torch
 from mmengine.logging import HistoryBuffer
 from safetensors import SafetensorError
 
-from .errors import (CheckpointError, CheckpointFileError,
-                     UnsafeCheckpointError, shown)
-from .pickle_check import (DATES, HISTORY_BUFFER, MAPPINGS, ONE_CYCLE,
-                           ONLY_NAMED, PATHS, check_pickle)
+from .errors import CheckpointError, CheckpointFileError, UnsafeCheckpointError, shown
+from .pickle_check import (
+    DATES,
+    HISTORY_BUFFER,
+    MAPPINGS,
+    ONE_CYCLE,
+    ONLY_NAMED,
+    PATHS,
+    check_pickle,
+)
 
 # Files whose pickles the user vouches for, separated as in PATH.
 TRUST_VARIABLE = 'CONVNEXT_MM_TRUST_PICKLE'
@@ -51,8 +60,10 @@ OTHER_FORMATS = {
     b'\x80': 'a pickle that torch.save did not write',
 }
 # How to write a file again that this reader does not know.
-SAVE_AGAIN = ('save it again with a current torch: '
-              'torch.save(torch.load(FILE, weights_only=True), NEW_FILE)')
+SAVE_AGAIN = (
+    'save it again with a current torch: '
+    'torch.save(torch.load(FILE, weights_only=True), NEW_FILE)'
+)
 
 _SAFE_GLOBALS = Lock()  # torch has one list for all threads
 
@@ -70,8 +81,7 @@ class _ReadHistoryBuffer(HistoryBuffer):
         self.max_length = int(state['max_length'])
         for name in ('_log_history', '_count_history'):
             if not isinstance(state[name], np.ndarray):
-                raise ValueError(f'a history buffer whose {name} is not an '
-                                 'array')
+                raise ValueError(f'a history buffer whose {name} is not an array')
             setattr(self, name, state[name])
         self._set_default_statistics()
 
@@ -95,14 +105,20 @@ def _empty_list(*_: Any) -> list:
     return []
 
 
-def _inert_types() -> List[Any]:
+def _inert_types() -> list[Any]:
     """What a checkpoint of a training run holds beyond torch's own list."""
-    dtypes = {type(np.dtype(code)) for code in np.typecodes['AllFloat'] +
-              np.typecodes['AllInteger'] + '?'}
+    dtypes = {
+        type(np.dtype(code))
+        for code in np.typecodes['AllFloat'] + np.typecodes['AllInteger'] + '?'
+    }
     core = np.array(0).__reduce__()[0]
     scalar = np.float64(0).__reduce__()[0]
     return [
-        Namespace, np.ndarray, np.dtype, *dtypes, (bytes, 'builtins.bytes'),
+        Namespace,
+        np.ndarray,
+        np.dtype,
+        *dtypes,
+        (bytes, 'builtins.bytes'),
         (frozenset, 'builtins.frozenset'),
         (_method, 'builtins.getattr'),
         (_ReadHistoryBuffer, HISTORY_BUFFER),
@@ -112,9 +128,11 @@ def _inert_types() -> List[Any]:
         *((_read_path, name) for name in PATHS),
         *((_empty_dict, name) for name in (ONE_CYCLE, *ONLY_NAMED)),
         *(getattr(datetime, name.partition('.')[2]) for name in DATES),
-        *((function, f'numpy.{package}.multiarray.{name}')
-          for package in ('core', '_core')
-          for function, name in ((core, '_reconstruct'), (scalar, 'scalar')))
+        *(
+            (function, f'numpy.{package}.multiarray.{name}')
+            for package in ('core', '_core')
+            for function, name in ((core, '_reconstruct'), (scalar, 'scalar'))
+        ),
     ]
 
 
@@ -133,8 +151,9 @@ def _only_inert_types() -> Iterator[None]:
             torch.serialization.add_safe_globals(before)
 
 
-def read_checkpoint(path: Union[str, os.PathLike],
-                    trust_pickle: bool = False) -> Dict[str, Any]:
+def read_checkpoint(
+    path: str | os.PathLike, trust_pickle: bool = False
+) -> dict[str, Any]:
     """Reads a checkpoint file into CPU memory, executing nothing.
 
     Args:
@@ -160,11 +179,12 @@ def read_checkpoint(path: Union[str, os.PathLike],
         if not isinstance(content, dict):
             raise CheckpointFileError(
                 f'holds a {type(content).__name__}; a checkpoint is a '
-                'dictionary of weights')
+                'dictionary of weights'
+            )
     return content
 
 
-def check_format(path: Union[str, os.PathLike]) -> None:
+def check_format(path: str | os.PathLike) -> None:
     """Looks at the first bytes of a file.
 
     Raises:
@@ -176,7 +196,7 @@ def check_format(path: Union[str, os.PathLike]) -> None:
 
 
 @contextmanager
-def _named(path: Union[str, os.PathLike]) -> Iterator[Path]:
+def _named(path: str | os.PathLike) -> Iterator[Path]:
     """Puts the path before the message of a checkpoint error."""
     try:
         yield Path(path).expanduser()
@@ -195,16 +215,18 @@ def _open(path: Path) -> Iterator[BinaryIO]:
         raise CheckpointFileError('there is no such file') from error
     except PermissionError as error:
         raise CheckpointFileError(
-            'may not be read: check its permissions (chmod +r)') from error
+            'may not be read: check its permissions (chmod +r)'
+        ) from error
     except (OSError, ValueError) as error:
-        raise CheckpointFileError(
-            f'cannot be opened: {shown(error)}') from error
+        raise CheckpointFileError(f'cannot be opened: {shown(error)}') from error
     mode = os.fstat(descriptor).st_mode
     if not stat.S_ISREG(mode):
         os.close(descriptor)
         raise CheckpointFileError(
             'is a directory; give the checkpoint file in it'
-            if stat.S_ISDIR(mode) else 'is not a regular file')
+            if stat.S_ISDIR(mode)
+            else 'is not a regular file'
+        )
     with open(descriptor, 'rb') as file:
         yield file
 
@@ -213,7 +235,9 @@ def _is_vouched_for(path: Path) -> bool:
     vouched = os.environ.get(TRUST_VARIABLE, '')
     return any(
         os.path.realpath(os.path.expanduser(entry)) == os.path.realpath(path)
-        for entry in vouched.split(os.pathsep) if entry)
+        for entry in vouched.split(os.pathsep)
+        if entry
+    )
 
 
 def _find_reader(file: BinaryIO) -> Reader:
@@ -226,23 +250,29 @@ def _find_reader(file: BinaryIO) -> Reader:
         return _read_archive
     if head.startswith(LEGACY_MAGIC):
         return _read_legacy
-    if len(head) > 8 and head[8:9] == b'{' and struct.unpack(
-            '<Q', head[:8])[0] <= min(MAX_HEADER, size - 8):
+    if (
+        len(head) > 8
+        and head[8:9] == b'{'
+        and struct.unpack('<Q', head[:8])[0] <= min(MAX_HEADER, size - 8)
+    ):
         return _read_safetensors
     text = head.lstrip().lower()
     if text.startswith((b'<!doctype', b'<html', b'<?xml', b'<head')):
         raise CheckpointFileError(
             'is a web page, not weights: the address leads to a page or to '
-            'an error message; use the direct download link')
+            'an error message; use the direct download link'
+        )
     if head[257:262] == b'ustar':
-        raise CheckpointFileError('is a tar archive (or from torch before '
-                                  '0.4); unpack or re-save it first')
+        raise CheckpointFileError(
+            'is a tar archive (or from torch before 0.4); unpack or re-save it first'
+        )
     for magic, kind in OTHER_FORMATS.items():
         if head.startswith(magic):
             raise CheckpointFileError(f'is not a checkpoint but {kind}')
     raise CheckpointFileError(
         'is neither a file of torch.save nor safetensors; the download may '
-        'have been cut or changed')
+        'have been cut or changed'
+    )
 
 
 def _read(file: BinaryIO, trusted: bool) -> Any:
@@ -250,19 +280,20 @@ def _read(file: BinaryIO, trusted: bool) -> Any:
     is_pickle = reader is not _read_safetensors
     if is_pickle and trusted:
         reader = _read_trusted
-    elif is_pickle and torch.torch_version.TorchVersion(
-            torch.__version__) < SAFE_TORCH:
+    elif is_pickle and torch.torch_version.TorchVersion(torch.__version__) < SAFE_TORCH:
         raise UnsafeCheckpointError(
             f'is a pickle, and torch {torch.__version__} cannot read pickles '
             'safely (CVE-2025-32434): use torch 2.10 or later, a .safetensors '
             f'file, or, if you made the file yourself, set {TRUST_VARIABLE} '
-            'to its path')
+            'to its path'
+        )
     try:
         return reader(file, os.fstat(file.fileno()).st_size)
     except UnsafeCheckpointError as error:
         raise UnsafeCheckpointError(
             f'{error}. If you made the file yourself, set {TRUST_VARIABLE} to '
-            'its path to run it all the same') from error
+            'its path to run it all the same'
+        ) from error
     except CheckpointError:
         raise
     # Damaged files raise errors of many types, and a vouched-for pickle may
@@ -272,7 +303,8 @@ def _read(file: BinaryIO, trusted: bool) -> Any:
         raise CheckpointFileError(
             'cannot be read; it is truncated, damaged or from an unsupported '
             'version of torch: download or copy it again '
-            f'({type(error).__name__}: {shown(reason)})') from error
+            f'({type(error).__name__}: {shown(reason)})'
+        ) from error
 
 
 def _read_trusted(file: BinaryIO, size: int) -> Any:
@@ -295,22 +327,26 @@ def _unpickle(data: bytes, load_storage: LoadStorage) -> Any:
         raise UnsafeCheckpointError(
             f'is a pickle, and in torch {torch.__version__} this reader does '
             'not find the unpickler of weights_only=True: use a .safetensors '
-            'file, or the version of torch that this project proves') from error
-    storages: Dict[str, torch.UntypedStorage] = {}
-    sizes: Dict[str, int] = {}
+            'file, or the version of torch that this project proves'
+        ) from error
+    storages: dict[str, torch.UntypedStorage] = {}
+    sizes: dict[str, int] = {}
 
     def load(pid: tuple) -> torch.storage.TypedStorage:
         _, storage_type, key, _, num_elements, *_ = pid
-        dtype = (torch.uint8 if storage_type is torch.UntypedStorage else
-                 storage_type.dtype)
+        dtype = (
+            torch.uint8 if storage_type is torch.UntypedStorage else storage_type.dtype
+        )
         if key not in storages:
             storages[key] = load_storage(key, num_elements, dtype.itemsize)
             sizes[key] = storages[key].nbytes()
         if sizes[key] != num_elements * dtype.itemsize:
             raise CheckpointFileError(
-                f'declares storage {shown(key)} with two sizes: it is damaged')
+                f'declares storage {shown(key)} with two sizes: it is damaged'
+            )
         return torch.storage.TypedStorage(
-            wrap_storage=storages[key], dtype=dtype, _internal=True)
+            wrap_storage=storages[key], dtype=dtype, _internal=True
+        )
 
     unpickler = Unpickler(io.BytesIO(data), encoding='utf-8')
     unpickler.persistent_load = load
@@ -320,7 +356,8 @@ def _unpickle(data: bytes, load_storage: LoadStorage) -> Any:
     if any(storage.nbytes() > sizes[key] for key, storage in storages.items()):
         raise CheckpointFileError(
             'declares a tensor that reaches beyond its storage: it is damaged '
-            'or made to exhaust memory')
+            'or made to exhaust memory'
+        )
     return content
 
 
@@ -328,11 +365,10 @@ def _fill(storage: torch.UntypedStorage, file: BinaryIO) -> None:
     """Reads the bytes of a storage."""
     if storage.nbytes() == 0:
         return
-    view = memoryview(
-        torch.empty(0, dtype=torch.uint8).set_(storage).numpy())
+    view = memoryview(torch.empty(0, dtype=torch.uint8).set_(storage).numpy())
     # Chunks that stay in the processor's cache.
     for start in range(0, len(view), CHUNK):
-        chunk = view[start:start + CHUNK]
+        chunk = view[start : start + CHUNK]
         if file.readinto(chunk) != len(chunk):
             raise CheckpointFileError('it is truncated')
 
@@ -341,15 +377,16 @@ def _read_archive(file: BinaryIO, size: int) -> Any:
     """The zip archive of torch.save."""
     with zipfile.ZipFile(file) as archive:
         records = _list_records(archive, size)
-        if records.get('byteorder') and archive.read(
-                records['byteorder']) != b'little':
+        if records.get('byteorder') and archive.read(records['byteorder']) != b'little':
             raise CheckpointFileError(
-                f'its numbers are not little-endian; {SAVE_AGAIN}')
+                f'its numbers are not little-endian; {SAVE_AGAIN}'
+            )
         data = archive.read(records['data.pkl'])
         check_pickle(data)
 
-        def load_storage(key: str, num_elements: int,
-                         item_size: int) -> torch.UntypedStorage:
+        def load_storage(
+            key: str, num_elements: int, item_size: int
+        ) -> torch.UntypedStorage:
             record = records.get(f'data/{key}')
             if record is None or record.file_size != num_elements * item_size:
                 raise _missing_bytes(key, num_elements * item_size)
@@ -362,30 +399,33 @@ def _read_archive(file: BinaryIO, size: int) -> Any:
         return _unpickle(data, load_storage)
 
 
-def _list_records(archive: zipfile.ZipFile,
-                  size: int) -> Dict[str, zipfile.ZipInfo]:
+def _list_records(archive: zipfile.ZipFile, size: int) -> dict[str, zipfile.ZipInfo]:
     """The archive's records by name without the folder they all lie in."""
     infos = archive.infolist()
-    if any(info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1
-           for info in infos):
+    if any(
+        info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1 for info in infos
+    ):
         raise CheckpointFileError(
             'the archive is compressed or encrypted, which torch.save never '
-            'does (a small file could expand without bound); unpack it first')
+            'does (a small file could expand without bound); unpack it first'
+        )
     if sum(info.file_size for info in infos) > size:
-        raise CheckpointFileError(
-            'the archive declares more bytes than the file has')
+        raise CheckpointFileError('the archive declares more bytes than the file has')
     records = {info.filename.partition('/')[2]: info for info in infos}
     folders = {info.filename.partition('/')[0] for info in infos}
     if len(records) < len(infos) or len(folders) > 1:
-        raise CheckpointFileError('the archive holds a name twice or more '
-                                  'than one folder; it is damaged')
+        raise CheckpointFileError(
+            'the archive holds a name twice or more than one folder; it is damaged'
+        )
     if 'constants.pkl' in records:
         raise UnsafeCheckpointError(
             'the file is a TorchScript program, not weights: load it with '
-            'torch.jit.load where you trust it and save its state_dict()')
+            'torch.jit.load where you trust it and save its state_dict()'
+        )
     if 'data.pkl' not in records:
         raise CheckpointFileError(
-            'the archive was not written by torch.save (no data.pkl)')
+            'the archive was not written by torch.save (no data.pkl)'
+        )
     if not any(info.CRC for info in infos):
         # Written with torch.serialization.set_crc32_options(False).
         for info in infos:
@@ -400,17 +440,18 @@ def _read_legacy(file: BinaryIO, size: int) -> Any:
     starts = [0]
     for _ in range(5):
         starts.append(check_pickle(data, starts[-1]))
-    storages: Dict[str, torch.UntypedStorage] = {}
-    sizes: Dict[str, int] = {}
+    storages: dict[str, torch.UntypedStorage] = {}
+    sizes: dict[str, int] = {}
     left = size
 
-    def load_storage(key: str, num_elements: int,
-                     item_size: int) -> torch.UntypedStorage:
+    def load_storage(
+        key: str, num_elements: int, item_size: int
+    ) -> torch.UntypedStorage:
         nonlocal left
         if key in storages:
             raise CheckpointFileError(
-                f'describes storage {shown(key)} outside its content: it is '
-                'damaged')
+                f'describes storage {shown(key)} outside its content: it is damaged'
+            )
         left -= num_elements * item_size
         if left < 0:
             raise _missing_bytes(key, num_elements * item_size)
@@ -420,21 +461,25 @@ def _read_legacy(file: BinaryIO, size: int) -> Any:
 
     version, system, content, keys = (
         _unpickle(data[start:end], load_storage)
-        for start, end in zip(starts[1:5], starts[2:]))
+        for start, end in itertools.pairwise(starts)
+    )
     if version != LEGACY_VERSION or system.get('little_endian') is not True:
         raise CheckpointFileError(
             'is from a version of torch that this reader does not know, or '
-            f'from a big-endian machine; {SAVE_AGAIN}')
+            f'from a big-endian machine; {SAVE_AGAIN}'
+        )
     if sorted(keys) != sorted(storages):
         raise CheckpointFileError(
-            'does not list the storages of its tensors: it is damaged')
+            'does not list the storages of its tensors: it is damaged'
+        )
     stream = io.BytesIO(data)
     stream.seek(starts[5])
     for key in keys:
         if struct.unpack('<q', stream.read(8))[0] != sizes[key]:
             raise CheckpointFileError(
                 f'holds storage {shown(key)} in another size than declared: it '
-                'is damaged')
+                'is damaged'
+            )
         _fill(storages[key], stream)
     return content
 
@@ -442,23 +487,25 @@ def _read_legacy(file: BinaryIO, size: int) -> Any:
 def _missing_bytes(key: str, num_bytes: int) -> CheckpointFileError:
     return CheckpointFileError(
         f'declares {num_bytes} bytes for storage {shown(key)}, which the file '
-        'does not have: it is truncated, damaged or made to exhaust memory')
+        'does not have: it is truncated, damaged or made to exhaust memory'
+    )
 
 
-def _read_safetensors(file: BinaryIO, size: int) -> Dict[str, torch.Tensor]:
+def _read_safetensors(file: BinaryIO, size: int) -> dict[str, torch.Tensor]:
     data = file.read()
     length = struct.unpack('<Q', data[:8])[0]
-    json.loads(data[8:8 + length], object_pairs_hook=_unique)
+    json.loads(data[8 : 8 + length], object_pairs_hook=_unique)
     try:
         return safetensors.torch.load(data)
     except SafetensorError as error:
         raise CheckpointFileError(
             'is a truncated or damaged safetensors file; download or copy it '
-            f'again ({shown(error)})') from error
+            f'again ({shown(error)})'
+        ) from error
 
 
-def _unique(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
-    content: Dict[str, Any] = {}
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content: dict[str, Any] = {}
     for name, value in pairs:
         if name in content:
             raise CheckpointFileError(f'holds the key {shown(name)} twice')

@@ -5,24 +5,25 @@ and, where the name carries one, its hash are right and it looks like a
 checkpoint. An interrupted download lies beside it as ``*.incomplete`` and is
 resumed. huggingface_hub transfers what lies on its hub, into its own cache.
 """
+
+import contextlib
 import hashlib
 import logging
 import os
 import re
+from collections.abc import Callable, Iterator
 from http.client import HTTPException, HTTPResponse
 from pathlib import Path
-from typing import Any, Callable, ContextManager, Iterator, Optional, Union
+from typing import Any
 from urllib.parse import unquote, urlsplit
 from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from mmengine.dist import all_gather_object, get_dist_info
 from mmengine.logging import print_log
 from rich.console import Console
-from rich.progress import (BarColumn, DownloadColumn, Progress,
-                           TransferSpeedColumn)
+from rich.progress import BarColumn, DownloadColumn, Progress, TransferSpeedColumn
 
-from .errors import (CheckpointDownloadError, CheckpointError,
-                     CheckpointFileError, shown)
+from .errors import CheckpointDownloadError, CheckpointError, CheckpointFileError, shown
 from .reader import check_format
 
 CACHE_VARIABLE = 'CONVNEXT_MM_CACHE'
@@ -36,11 +37,15 @@ TIMEOUT = 15  # seconds without an answer
 # suffix. Eight digits of a date are no hash.
 HASH_PATTERN = re.compile(r'-(?!(?:19|20)\d{6}\.)([0-9a-f]{8,64})\.[a-z]+$')
 # What repositories on the Hugging Face hub call their weights, best first.
-HUB_FILES = ('model.safetensors', 'open_clip_model.safetensors',
-             'pytorch_model.bin', 'open_clip_pytorch_model.bin')
+HUB_FILES = (
+    'model.safetensors',
+    'open_clip_model.safetensors',
+    'pytorch_model.bin',
+    'open_clip_pytorch_model.bin',
+)
 
 
-def fetch(source: Union[str, os.PathLike]) -> Path:
+def fetch(source: str | os.PathLike) -> Path:
     """A local path of a checkpoint; downloads it where it is remote.
 
     In distributed training one process of each machine downloads while the
@@ -55,8 +60,9 @@ def fetch(source: Union[str, os.PathLike]) -> Path:
         CheckpointFileError: A path whose ``~`` names no home folder.
     """
     if not isinstance(source, (str, os.PathLike)):
-        raise TypeError('a checkpoint is a path or an address, got '
-                        f'{type(source).__name__}')
+        raise TypeError(
+            f'a checkpoint is a path or an address, got {type(source).__name__}'
+        )
     source = os.fsdecode(source)
     scheme, separator, rest = source.partition('://')
     if not separator:
@@ -65,17 +71,17 @@ def fetch(source: Union[str, os.PathLike]) -> Path:
         'https': lambda: _fetch_url(source),
         'http': lambda: _fetch_url(source),
         'hf': lambda: _fetch_from_hub(rest),
-        'timm': lambda: _fetch_from_timm(rest)
+        'timm': lambda: _fetch_from_timm(rest),
     }
     if scheme not in fetchers:
         raise CheckpointDownloadError(
             f'{shown(source)}: unknown scheme {shown(scheme)!r}; a checkpoint '
-            'is a path or starts with https://, hf:// or timm://')
+            'is a path or starts with https://, hf:// or timm://'
+        )
     try:
         return _once_per_machine(fetchers[scheme])
     except ValueError as error:  # ours, or one about the address
-        raise CheckpointDownloadError(
-            f'{shown(source)}: {_because(error)}') from error
+        raise CheckpointDownloadError(f'{shown(source)}: {_because(error)}') from error
 
 
 def cache_dir() -> Path:
@@ -88,7 +94,8 @@ def cache_dir() -> Path:
     base = os.environ.get('XDG_CACHE_HOME') or '~/.cache'
     return _expanded(
         os.environ.get(CACHE_VARIABLE) or os.path.join(base, 'convnext_mm'),
-        f'set {CACHE_VARIABLE} to a full path')
+        f'set {CACHE_VARIABLE} to a full path',
+    )
 
 
 def _expanded(path: str, advice: str) -> Path:
@@ -96,7 +103,8 @@ def _expanded(path: str, advice: str) -> Path:
         return Path(path).expanduser()
     except RuntimeError as error:
         raise CheckpointFileError(
-            f'{shown(path)}: its ~ names no home folder; {advice}') from error
+            f'{shown(path)}: its ~ names no home folder; {advice}'
+        ) from error
 
 
 def _once_per_machine(download: Callable[[], Path]) -> Path:
@@ -153,7 +161,8 @@ def _fetch_url(url: str) -> Path:
                 print_log(
                     f'{shown(path)}: {fault}; downloading it again',
                     logger='current',
-                    level=logging.WARNING)
+                    level=logging.WARNING,
+                )
                 path.unlink()
             if not path.exists():
                 _download(url, path)
@@ -161,20 +170,23 @@ def _fetch_url(url: str) -> Path:
         raise CheckpointDownloadError(
             f'cannot write to the cache {shown(folder)} ({_because(error)}); '
             f'set {CACHE_VARIABLE} to a folder that can be written and has '
-            'room') from error
+            'room'
+        ) from error
     return path
 
 
-def _lock(path: Path) -> ContextManager:
+def _lock(path: Path) -> contextlib.AbstractContextManager:
     """Lets one process download; the system frees the lock of a dead one."""
     from filelock import FileLock, Timeout  # of torch's own requirements
+
     lock = FileLock(f'{path}.lock')
     try:
         return lock.acquire(timeout=0)
     except Timeout:
         print_log(
             f'{shown(path)}: waiting for the process that downloads it',
-            logger='current')
+            logger='current',
+        )
         return lock.acquire()
 
 
@@ -182,7 +194,8 @@ def _check_protected(url: str) -> None:
     if not url.startswith('https://') and not LOOPBACK.fullmatch(url):
         raise CheckpointDownloadError(
             f'it would come from {shown(url)}, which is not https and could be '
-            'changed on its way; use an https address')
+            'changed on its way; use an https address'
+        )
 
 
 class _ProtectedRedirects(HTTPRedirectHandler):
@@ -190,24 +203,24 @@ class _ProtectedRedirects(HTTPRedirectHandler):
 
     def redirect_request(self, request, file, code, reason, headers, url):
         _check_protected(url)
-        return super().redirect_request(request, file, code, reason, headers,
-                                        url)
+        return super().redirect_request(request, file, code, reason, headers, url)
 
 
 def _open(url: str, **headers: str) -> HTTPResponse:
-    headers.update({'Accept-Encoding': 'identity',
-                    'User-Agent': 'convnext_mm'})
+    headers.update({'Accept-Encoding': 'identity', 'User-Agent': 'convnext_mm'})
     try:
         return build_opener(_ProtectedRedirects).open(
-            Request(url, headers=headers), timeout=TIMEOUT)
+            Request(url, headers=headers), timeout=TIMEOUT
+        )
     except (HTTPException, OSError, ValueError) as error:
         raise CheckpointDownloadError(
             f'the server does not give the file ({_because(error)}); check '
             'the address and the network, or download it yourself and give '
-            'its path') from error
+            'its path'
+        ) from error
 
 
-def _version(answer: HTTPResponse) -> Optional[str]:
+def _version(answer: HTTPResponse) -> str | None:
     """Tells versions of a file apart; None where that, or the file's size, is
     not known, so that a download cannot be resumed."""
     for name in ('ETag', 'Last-Modified'):
@@ -232,15 +245,19 @@ def _download(url: str, path: Path) -> None:
         # If-Range, whose answer need not say which version it is.
         rest = _open(url, Range=f'bytes={start}-') if start < size else answer
         place = f'bytes {start}-{size - 1}/{size}'
-        if (_version(rest), rest.headers.get('Content-Range')) == (version,
-                                                                   place):
+        if (_version(rest), rest.headers.get('Content-Range')) == (version, place):
             answer = rest
         else:
             start = 0
     quiet = os.environ.get(QUIET_VARIABLE, '').upper() in QUIET
     progress = Progress(
-        '{task.description}', BarColumn(), DownloadColumn(),
-        TransferSpeedColumn(), console=Console(stderr=True), disable=quiet)
+        '{task.description}',
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        console=Console(stderr=True),
+        disable=quiet,
+    )
     task = progress.add_task(path.name, total=size, completed=start)
     resumable = version is not None
     try:
@@ -258,8 +275,7 @@ def _download(url: str, path: Path) -> None:
             partial.unlink(missing_ok=True)
 
 
-def _chunks(answer: HTTPResponse, done: int,
-            size: Optional[int]) -> Iterator[bytes]:
+def _chunks(answer: HTTPResponse, done: int, size: int | None) -> Iterator[bytes]:
     try:
         while chunk := answer.read(1 << 16):
             yield chunk
@@ -269,10 +285,11 @@ def _chunks(answer: HTTPResponse, done: int,
     except (HTTPException, OSError) as error:
         raise CheckpointDownloadError(
             f'the download stopped after {done} of {size or "?"} bytes '
-            f'({_because(error)}); start again to resume it') from error
+            f'({_because(error)}); start again to resume it'
+        ) from error
 
 
-def _hash_fault(path: Path, name: str) -> Optional[str]:
+def _hash_fault(path: Path, name: str) -> str | None:
     """Says that the file has not the hash in its name, where it has not."""
     match = HASH_PATTERN.search(name.lower())
     if match is None:
@@ -281,10 +298,13 @@ def _hash_fault(path: Path, name: str) -> Optional[str]:
         digest = hashlib.sha256()
         while chunk := file.read(1 << 20):
             digest.update(chunk)
-    start = digest.hexdigest()[:len(match[1])]
-    return None if start == match[1] else (
+    start = digest.hexdigest()[: len(match[1])]
+    if start == match[1]:
+        return None
+    return (
         f'its SHA-256 starts with {start}, its name says {match[1]}: the file '
-        'was changed or cut')
+        'was changed or cut'
+    )
 
 
 def _fetch_from_hub(rest: str) -> Path:
@@ -292,25 +312,25 @@ def _fetch_from_hub(rest: str) -> Path:
     match = re.fullmatch(r'([\w.-]+/[\w.-]+)(?:@([\w.-]+))?(?:/(.+))?', rest)
     if match is None:
         raise CheckpointDownloadError(
-            'a file on the Hugging Face hub is written '
-            'hf://org/name[@revision][/file]')
+            'a file on the Hugging Face hub is written hf://org/name[@revision][/file]'
+        )
     hub = _hub()
     repo, revision, file = match.groups()
     errors = hub.errors
     endpoint = os.environ.get('HF_ENDPOINT') or hub.constants.ENDPOINT
     _check_protected(endpoint)
-    for name in (file, ) if file else HUB_FILES:
+    for name in (file,) if file else HUB_FILES:
         try:
             return Path(
-                hub.hf_hub_download(
-                    repo, name, revision=revision, endpoint=endpoint))
+                hub.hf_hub_download(repo, name, revision=revision, endpoint=endpoint)
+            )
         except errors.LocalEntryNotFoundError as error:
             raise CheckpointDownloadError(
-                f'the hub cannot be reached ({_because(error)})') from error
+                f'the hub cannot be reached ({_because(error)})'
+            ) from error
         except errors.EntryNotFoundError:
             continue
-        except (errors.GatedRepoError, errors.RepositoryNotFoundError
-                ) as error:
+        except (errors.GatedRepoError, errors.RepositoryNotFoundError) as error:
             raise CheckpointDownloadError(
                 'there is no such repository, or it needs you to accept its '
                 f'terms and log in (`hf auth login`): {_because(error)}'
@@ -318,10 +338,12 @@ def _fetch_from_hub(rest: str) -> Path:
         # requests or httpx, whichever this huggingface_hub uses.
         except Exception as error:
             raise CheckpointDownloadError(
-                f'the download failed ({_because(error)})') from error
+                f'the download failed ({_because(error)})'
+            ) from error
     raise CheckpointDownloadError(
-        f'{repo} has none of {(file, ) if file else HUB_FILES}; name the file '
-        'as hf://org/name/file')
+        f'{repo} has none of {(file,) if file else HUB_FILES}; name the file '
+        'as hf://org/name/file'
+    )
 
 
 def _fetch_from_timm(name: str) -> Path:
@@ -335,11 +357,12 @@ def _fetch_from_timm(name: str) -> Path:
         raise CheckpointDownloadError(
             f'timm://{name} names no tag, and timm, which knows the default, '
             'is not installed: `pip install timm`, or write '
-            'timm://model.tag') from error
-    config = timm.get_pretrained_cfg(name) if re.fullmatch(r'\w+',
-                                                           name) else None
+            'timm://model.tag'
+        ) from error
+    config = timm.get_pretrained_cfg(name) if re.fullmatch(r'\w+', name) else None
     if config is None or not config.tag:
         raise CheckpointDownloadError(
             f'timm has no pretrained model {name!r}; see '
-            "timm.list_models('convnext*', pretrained=True)")
+            "timm.list_models('convnext*', pretrained=True)"
+        )
     return _fetch_from_hub(f'timm/{name}.{config.tag}')

@@ -4,10 +4,11 @@ Small enough to train on with a CPU, and made of what detectors and segmentors
 meet: several classes, overlaps, sizes from small to large, clutter of similar
 colours. What is drawn depends on the seed alone.
 """
+
 import json
 import math
 from pathlib import Path
-from typing import List, NamedTuple
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -21,9 +22,10 @@ MIN_VISIBLE = 0.4  # share of a shape that others leave uncovered
 
 class Scene(NamedTuple):
     """One drawn image and what is in it, back to front."""
+
     image: np.ndarray  # (S, S, 3) uint8, BGR
-    labels: List[int]  # class indices, one for each instance
-    masks: List[np.ndarray]  # (S, S) bool, visible pixels of each instance
+    labels: list[int]  # class indices, one for each instance
+    masks: list[np.ndarray]  # (S, S) bool, visible pixels of each instance
 
 
 def draw_scene(rng: np.random.Generator, size: int) -> Scene:
@@ -35,22 +37,21 @@ def draw_scene(rng: np.random.Generator, size: int) -> Scene:
     """
     background = _texture(rng, size)
     image = background.copy()
-    labels: List[int] = []
-    masks: List[np.ndarray] = []
-    areas: List[int] = []  # before others covered a part
+    labels: list[int] = []
+    masks: list[np.ndarray] = []
+    areas: list[int] = []  # before others covered a part
     for _ in range(rng.integers(2, 9)):
         label = int(rng.integers(len(CLASSES)))
         # Log-uniform: as many small shapes as large ones.
         radius = size * math.exp(rng.uniform(math.log(0.06), math.log(0.25)))
         center = rng.uniform(radius, size - radius, 2)
-        outline = _outline(CLASSES[label], center, radius,
-                           rng.uniform(0, 2 * math.pi))
+        outline = _outline(CLASSES[label], center, radius, rng.uniform(0, 2 * math.pi))
         mask = np.zeros((size, size), np.uint8)
         cv2.fillPoly(mask, [np.round(outline).astype(np.int32)], 1)
         mask = mask.astype(bool)
         if not all(
-                _stays_visible(old, whole, mask)
-                for old, whole in zip(masks, areas)):
+            _stays_visible(old, whole, mask) for old, whole in zip(masks, areas)
+        ):
             continue
         areas.append(mask.sum())
         masks = [old & ~mask for old in masks] + [mask]
@@ -62,11 +63,9 @@ def draw_scene(rng: np.random.Generator, size: int) -> Scene:
     return Scene(image.astype(np.uint8), labels, masks)
 
 
-def write_shapes(out: str,
-                 num_train: int = 800,
-                 num_val: int = 100,
-                 size: int = 192,
-                 seed: int = 0) -> None:
+def write_shapes(
+    out: str, num_train: int = 800, num_val: int = 100, size: int = 192, seed: int = 0
+) -> None:
     """Writes the data set in COCO layout and in ADE20K layout.
 
     ``images/{training,validation}/*.png`` serve both; beside them are
@@ -83,8 +82,11 @@ def write_shapes(out: str,
     Raises:
         ValueError: A number is too small.
     """
-    for name, value, lowest in (('num_train', num_train, 1),
-                                ('num_val', num_val, 1), ('size', size, 64)):
+    for name, value, lowest in (
+        ('num_train', num_train, 1),
+        ('num_val', num_val, 1),
+        ('size', size, 64),
+    ):
         if value < lowest:
             raise ValueError(f'{name} must be at least {lowest}, got {value}')
     splits = {'training': num_train, 'validation': num_val}
@@ -93,8 +95,9 @@ def write_shapes(out: str,
         _write_split(Path(out), split, number, size, rng)
 
 
-def _write_split(out: Path, split: str, number: int, size: int,
-                 rng: np.random.Generator) -> None:
+def _write_split(
+    out: Path, split: str, number: int, size: int, rng: np.random.Generator
+) -> None:
     image_dir = out / 'images' / split
     map_dir = out / 'annotations' / split
     image_dir.mkdir(parents=True, exist_ok=True)
@@ -103,7 +106,8 @@ def _write_split(out: Path, split: str, number: int, size: int,
         info=dict(description='convnext_mm shapes'),
         categories=[dict(id=i + 1, name=c) for i, c in enumerate(CLASSES)],
         images=[],
-        annotations=[])
+        annotations=[],
+    )
     print(f'{out}: drawing {number} {split} images')
     for image_id in track_iter_progress(range(number)):
         scene = draw_scene(rng, size)
@@ -117,11 +121,14 @@ def _write_split(out: Path, split: str, number: int, size: int,
                     id=len(coco['annotations']) + 1,
                     image_id=image_id,
                     category_id=label + 1,
-                    iscrowd=0))
+                    iscrowd=0,
+                )
+            )
         cv2.imwrite(str(image_dir / name), scene.image)
         cv2.imwrite(str(map_dir / name), class_map)
         coco['images'].append(
-            dict(id=image_id, file_name=name, height=size, width=size))
+            dict(id=image_id, file_name=name, height=size, width=size)
+        )
     path = out / 'annotations' / f'instances_{split}.json'
     path.write_text(json.dumps(coco))
 
@@ -131,13 +138,13 @@ def _texture(rng: np.random.Generator, size: int) -> np.ndarray:
     image = np.full((size, size, 3), rng.uniform(60, 200, 3), np.float32)
     for cells, strength in ((4, 20), (16, 12), (size // 4, 6)):
         noise = rng.normal(0, strength, (cells, cells, 3)).astype(np.float32)
-        image += cv2.resize(
-            noise, (size, size), interpolation=cv2.INTER_CUBIC)
+        image += cv2.resize(noise, (size, size), interpolation=cv2.INTER_CUBIC)
     return image
 
 
-def _fill(rng: np.random.Generator, label: int, behind: np.ndarray,
-          size: int) -> np.ndarray:
+def _fill(
+    rng: np.random.Generator, label: int, behind: np.ndarray, size: int
+) -> np.ndarray:
     """(size, size, 3): a textured colour that differs from what is behind.
 
     Classes have typical hues, which overlap: like things in the world, a shape
@@ -153,16 +160,18 @@ def _fill(rng: np.random.Generator, label: int, behind: np.ndarray,
     return color + 0.5 * (texture - texture.mean((0, 1)))
 
 
-def _outline(name: str, center: np.ndarray, radius: float,
-             angle: float) -> np.ndarray:
+def _outline(name: str, center: np.ndarray, radius: float, angle: float) -> np.ndarray:
     """(K, 2) corners x, y of a shape inside a circle."""
     if name == 'cross':
         # Corners of a plus sign of arm width 2/5, on two circles.
         half = math.asin(0.2)
-        angles = np.array([
-            quarter * math.pi / 2 + offset for quarter in range(4)
-            for offset in (-half, half, math.pi / 4)
-        ])
+        angles = np.array(
+            [
+                quarter * math.pi / 2 + offset
+                for quarter in range(4)
+                for offset in (-half, half, math.pi / 4)
+            ]
+        )
         radii = radius * np.array([1, 1, 0.2 * math.sqrt(2)] * 4)
     elif name == 'star':
         angles = 2 * math.pi * np.arange(10) / 10
@@ -172,8 +181,7 @@ def _outline(name: str, center: np.ndarray, radius: float,
         angles = 2 * math.pi * np.arange(corners) / corners
         radii = np.full(corners, radius)
     angles = angles + angle
-    return center + radii[:, None] * np.stack(
-        [np.cos(angles), np.sin(angles)], axis=1)
+    return center + radii[:, None] * np.stack([np.cos(angles), np.sin(angles)], axis=1)
 
 
 def _stays_visible(old: np.ndarray, whole: int, cover: np.ndarray) -> bool:
@@ -182,8 +190,9 @@ def _stays_visible(old: np.ndarray, whole: int, cover: np.ndarray) -> bool:
     left = old & ~cover
     if left.sum() == old.sum():
         return True
-    contours, hierarchy = cv2.findContours(
-        left.astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
+    contours, _hierarchy = cv2.findContours(
+        left.astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE
+    )
     return left.sum() >= MIN_VISIBLE * whole and len(contours) == 1
 
 
@@ -194,10 +203,6 @@ def _describe(mask: np.ndarray) -> dict:
     # on an enlarged mask the two are close.
     factor = 4
     large = np.kron(mask, np.ones((factor, factor))).astype(np.uint8)
-    contours, _ = cv2.findContours(
-        large, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
+    contours, _ = cv2.findContours(large, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
     polygons = [((c.reshape(-1) + 0.5) / factor).tolist() for c in contours]
-    return dict(
-        bbox=[x, y, width, height],
-        area=int(mask.sum()),
-        segmentation=polygons)
+    return dict(bbox=[x, y, width, height], area=int(mask.sum()), segmentation=polygons)

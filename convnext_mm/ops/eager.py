@@ -1,5 +1,6 @@
 """The ConvNeXt block in plain PyTorch: the definition of correct."""
-from typing import Optional, Sequence
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -21,31 +22,32 @@ def grn(x: Tensor, gamma: Tensor, beta: Tensor, eps: float = 1e-6) -> Tensor:
         (N, H, W, C); fp32 where ``x`` is 16-bit and ``gamma`` is fp32.
     """
     norm = torch.linalg.vector_norm(
-        x,
-        dim=(1, 2),
-        keepdim=True,
-        dtype=torch.promote_types(x.dtype, torch.float32))  # (N, 1, 1, C)
+        x, dim=(1, 2), keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32)
+    )  # (N, 1, 1, C)
     response = (norm / (norm.mean(dim=-1, keepdim=True) + eps)).to(
-        torch.promote_types(x.dtype, gamma.dtype))
+        torch.promote_types(x.dtype, gamma.dtype)
+    )
     return gamma * (x * response) + beta + x
 
 
-def block(x: Tensor,
-          dwconv_weight: Tensor,
-          dwconv_bias: Tensor,
-          norm_weight: Tensor,
-          norm_bias: Tensor,
-          pwconv1_weight: Tensor,
-          pwconv1_bias: Tensor,
-          pwconv2_weight: Tensor,
-          pwconv2_bias: Tensor,
-          gamma: Optional[Tensor] = None,
-          grn_gamma: Optional[Tensor] = None,
-          grn_beta: Optional[Tensor] = None,
-          drop_scale: Optional[Tensor] = None,
-          *,
-          eps: float = 1e-6,
-          dilation: int = 1) -> Tensor:
+def block(
+    x: Tensor,
+    dwconv_weight: Tensor,
+    dwconv_bias: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    pwconv1_weight: Tensor,
+    pwconv1_bias: Tensor,
+    pwconv2_weight: Tensor,
+    pwconv2_bias: Tensor,
+    gamma: Tensor | None = None,
+    grn_gamma: Tensor | None = None,
+    grn_beta: Tensor | None = None,
+    drop_scale: Tensor | None = None,
+    *,
+    eps: float = 1e-6,
+    dilation: int = 1,
+) -> Tensor:
     """One ConvNeXt block (arXiv 2201.03545, section 2.6 and figure 4).
 
     ``x + drop_scale * gamma * W2 grn(gelu(W1 layer_norm(dwconv(x)))))``
@@ -78,9 +80,10 @@ def block(x: Tensor,
         dwconv_bias,
         padding=dilation * (kernel_size // 2),
         dilation=dilation,
-        groups=channels)
+        groups=channels,
+    )
     y = y.permute(0, 2, 3, 1)  # (N, C, H, W) -> (N, H, W, C)
-    y = F.layer_norm(y, (channels, ), norm_weight, norm_bias, eps)
+    y = F.layer_norm(y, (channels,), norm_weight, norm_bias, eps)
     y = F.gelu(F.linear(y, pwconv1_weight, pwconv1_bias))
     if grn_gamma is not None:
         y = grn(y, grn_gamma, grn_beta)
@@ -92,16 +95,18 @@ def block(x: Tensor,
     return x + y.permute(0, 3, 1, 2)  # (N, H, W, C) -> (N, C, H, W)
 
 
-def downsample(x: Tensor,
-               norm_weight: Tensor,
-               norm_bias: Tensor,
-               conv_weight: Tensor,
-               conv_bias: Tensor,
-               *,
-               eps: float = 1e-6,
-               stride: Sequence[int] = (2, 2),
-               padding: Sequence[int] = (0, 0),
-               dilation: Sequence[int] = (1, 1)) -> Tensor:
+def downsample(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor,
+    *,
+    eps: float = 1e-6,
+    stride: Sequence[int] = (2, 2),
+    padding: Sequence[int] = (0, 0),
+    dilation: Sequence[int] = (1, 1),
+) -> Tensor:
     """The layer between two stages: LayerNorm, then a convolution.
 
     Args:
@@ -119,12 +124,13 @@ def downsample(x: Tensor,
     # The weight's shape, not that of x: exporters then know it.
     x = F.layer_norm(x, norm_weight.shape, norm_weight, norm_bias, eps)
     return F.conv2d(
-        x.permute(0, 3, 1, 2), conv_weight, conv_bias, stride, padding,
-        dilation)
+        x.permute(0, 3, 1, 2), conv_weight, conv_bias, stride, padding, dilation
+    )
 
 
-def norm(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float,
-         channels_last: bool) -> Tensor:
+def norm(
+    x: Tensor, weight: Tensor, bias: Tensor, *, eps: float, channels_last: bool
+) -> Tensor:
     """LayerNorm over the channels of (N, C, H, W).
 
     Args:

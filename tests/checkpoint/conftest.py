@@ -1,15 +1,15 @@
 """A small ConvNeXt, its checkpoint, and where results for the docs go."""
+
 import json
 import os
 from pathlib import Path
-from typing import Dict
 
 import pytest
 import torch
 from torch import Tensor, nn
-from toys import ARCH, randomise
 
 from convnext_mm import ConvNeXt
+from toys import ARCH, randomise
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def model() -> ConvNeXt:
 
 
 @pytest.fixture
-def weights(model) -> Dict[str, Tensor]:
+def weights(model) -> dict[str, Tensor]:
     """State dict of a V1 backbone with output norms."""
     return dict(model.state_dict())
 
@@ -34,7 +34,8 @@ def features():
 
     def run(model: nn.Module, channels: int = 3):
         image = torch.rand(
-            1, channels, 64, 96, generator=torch.Generator().manual_seed(1))
+            1, channels, 64, 96, generator=torch.Generator().manual_seed(1)
+        )
         with torch.no_grad():
             return model.eval()(image)
 
@@ -45,9 +46,11 @@ def features():
 def log(monkeypatch):
     """Messages that checkpoint code logs."""
     import convnext_mm.checkpoint.load as load
+
     messages = []
-    monkeypatch.setattr(load, 'print_log',
-                        lambda message, **_: messages.append(message))
+    monkeypatch.setattr(
+        load, 'print_log', lambda message, **_: messages.append(message)
+    )
     return messages
 
 
@@ -55,10 +58,8 @@ def log(monkeypatch):
 def record():
     """``record(table, row, value)`` collects results; with
     CONVNEXT_MM_RESULTS=FOLDER each table is written there as JSON."""
-    tables: Dict[str, dict] = {}
-    yield lambda table, row, value: tables.setdefault(table, {}).update(
-        {row: value})
+    tables: dict[str, dict] = {}
+    yield lambda table, row, value: tables.setdefault(table, {}).update({row: value})
     folder = os.environ.get('CONVNEXT_MM_RESULTS')
     for table, rows in tables.items() if folder else ():
-        (Path(folder) / f'{table}.json').write_text(
-            json.dumps(rows, indent=2) + '\n')
+        (Path(folder) / f'{table}.json').write_text(json.dumps(rows, indent=2) + '\n')

@@ -5,16 +5,18 @@ what the libraries take. CONVNEXT_MM_ATTACKS=all takes every attack through
 every door (an hour); without it load_checkpoint() sees all of them and the
 other doors every so many. CONVNEXT_MM_FUZZ is the number of mutated files.
 """
+
 import collections
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Iterator, List, Tuple
 
 import pytest
 import torch
+
 from attacks import GROUPS, HOSTILE, VALID, Source, mutate
 
 doors = pytest.importorskip('doors')
@@ -37,15 +39,19 @@ class Server:
         self.count = 0
         self.process = subprocess.Popen(
             [sys.executable, '-W', 'ignore', doors.__file__, str(folder)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
             stderr=(folder / 'server.log').open('w'),
-            env=dict(os.environ, OMP_NUM_THREADS='1', HF_HUB_OFFLINE='1'))
+            env=dict(os.environ, OMP_NUM_THREADS='1', HF_HUB_OFFLINE='1'),
+        )
         assert self._answer() == 'ready'
         content = torch.load(folder / 'checkpoints.pth', weights_only=False)
         weights = content.pop('backbone')
         self.sources = dict(
             backbone=Source(weights),
-            **{name: Source(weights, run) for name, run in content.items()})
+            **{name: Source(weights, run) for name, run in content.items()},
+        )
 
     def _answer(self) -> str:
         for line in self.process.stdout:
@@ -53,8 +59,7 @@ class Server:
                 return line.strip()
         raise AssertionError((self.folder / 'server.log').read_text()[-3000:])
 
-    def enter(self, door: str, data: bytes, name: str = 'x.pth'
-              ) -> Tuple[str, str]:
+    def enter(self, door: str, data: bytes, name: str = 'x.pth') -> tuple[str, str]:
         """The outcome and its message."""
         self.count += 1
         where = self.folder / f'case{self.count}'
@@ -76,13 +81,12 @@ def server(tmp_path_factory) -> Iterator[Server]:
     server.process.kill()
 
 
-def selection(door: str, source: Source, group: str
-              ) -> List[Tuple[str, bytes]]:
+def selection(door: str, source: Source, group: str) -> list[tuple[str, bytes]]:
     files = list(GROUPS[group](source))
     if door == 'load_checkpoint()':
         return files
     # Other doors take other ones, and each group some.
-    return files[list(doors.DOORS).index(door) % STRIDE::STRIDE] or files[:1]
+    return files[list(doors.DOORS).index(door) % STRIDE :: STRIDE] or files[:1]
 
 
 @pytest.mark.parametrize('door', doors.DOORS)
@@ -96,8 +100,13 @@ def test_attacks(door, server, record):
             if name == 'too_large' and outcome == 'wrong' and door in AS_STORED:
                 outcome = 'right'
             outcomes[outcome] += 1
-            expected = (('refused', ) if group in HOSTILE or 'no config' in door
-                        else ('right', ) if group in VALID else ENDS)
+            expected = (
+                ('refused',)
+                if group in HOSTILE or 'no config' in door
+                else ('right',)
+                if group in VALID
+                else ENDS
+            )
             if outcome not in expected:
                 faults.append(f'{group}, {name}: {outcome}, {message[:300]}')
     record('checkpoint_attacks', door, table)
@@ -105,8 +114,10 @@ def test_attacks(door, server, record):
 
 
 def test_at_least_500_attacks(server):
-    assert sum(1 for make in GROUPS.values()
-               for _ in make(server.sources['backbone'])) >= 500
+    assert (
+        sum(1 for make in GROUPS.values() for _ in make(server.sources['backbone']))
+        >= 500
+    )
 
 
 def test_mutated_files(server, record):
@@ -117,10 +128,12 @@ def test_mutated_files(server, record):
     for seed in range(NUM_MUTATED):
         what, data = mutate(source, seed)
         outcome, message = server.enter('load_checkpoint()', data)
-        can_be_seen = what.startswith('zip') and ' for ' not in what and (
-            'records' not in what)
-        outcome = 'other numbers' if (
-            outcome == 'wrong' and not can_be_seen) else outcome
+        can_be_seen = (
+            what.startswith('zip') and ' for ' not in what and ('records' not in what)
+        )
+        outcome = (
+            'other numbers' if (outcome == 'wrong' and not can_be_seen) else outcome
+        )
         outcomes[outcome] += 1
         if outcome not in (*ENDS, 'other numbers'):
             faults.append(f'{seed}, {what}: {outcome}, {message[:300]}')

@@ -1,16 +1,20 @@
 """MMEngine's own ways to load a checkpoint: nothing in it acts, and a ConvNeXt
 gets all of its weights or the run stops."""
+
 import copy
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from attacks import PAYLOAD, zipped
 from mmengine.config import Config
-from mmengine.model import BaseModel, BaseModule, MMDistributedDataParallel
+from mmengine.model import (
+    BaseModel,
+    BaseModule,
+    MMDistributedDataParallel,
+    PretrainedInit,
+)
 from mmengine.optim import OptimWrapper
 from mmengine.optim.scheduler import MultiStepLR
 from mmengine.registry import PARAM_SCHEDULERS
@@ -19,20 +23,23 @@ from mmengine.runner.checkpoint import load_state_dict
 from torch import nn
 
 import convnext_mm
+from attacks import PAYLOAD, zipped
 from convnext_mm import CheckpointError, ConvNeXt
-from convnext_mm.checkpoint import (CheckpointFileError,
-                                    CheckpointMismatchError,
-                                    UnsafeCheckpointError, read_checkpoint)
+from convnext_mm.checkpoint import (
+    CheckpointFileError,
+    CheckpointMismatchError,
+    UnsafeCheckpointError,
+    read_checkpoint,
+)
 from convnext_mm.checkpoint.gate import without_orders
-
-ROOT = Path(__file__).resolve().parents[2]
+from repo import ROOT, load_tool
 
 
 class Call:
     """Pickles to a call."""
 
     def __reduce__(self):
-        return os.system, ('touch "$CANARY"', )
+        return os.system, ('touch "$CANARY"',)
 
 
 @pytest.fixture
@@ -62,32 +69,38 @@ class Model(BaseModel):
 
 
 class Head(BaseModule):
-
     def __init__(self):
-        super().__init__(dict(type='Constant', layer='Linear', val=3.))
+        super().__init__(dict(type='Constant', layer='Linear', val=3.0))
         self.fc = nn.Linear(20, 2)
 
 
 # How users name the initializer, in MMEngine's registry or by its class.
-TYPES = ['Pretrained', 'mmengine.Pretrained', 'PretrainedInit',
-         'mmengine.model.PretrainedInit',
-         'mmengine.model.weight_init.PretrainedInit']
+TYPES = [
+    'Pretrained',
+    'mmengine.Pretrained',
+    'PretrainedInit',
+    'mmengine.model.PretrainedInit',
+    'mmengine.model.weight_init.PretrainedInit',
+]
 
 
 @pytest.mark.parametrize('kind', TYPES)
 @pytest.mark.parametrize('where', ['backbone', 'model', 'head', 'override'])
-def test_no_name_of_the_initializer_reads_a_pickle(kind, where, arch, evil,
-                                                   canary):
+def test_no_name_of_the_initializer_reads_a_pickle(kind, where, arch, evil, canary):
     if kind == 'PretrainedInit':
-        from mmengine.model import PretrainedInit as kind
+        kind = PretrainedInit
     init_cfg = dict(type=kind, checkpoint=evil)
     if where == 'backbone':
         model = ConvNeXt(arch, init_cfg=init_cfg)
     else:
         model = Model(arch)
         if where == 'override':
-            model.init_cfg = dict(type='Constant', layer='Linear', val=1,
-                                  override=dict(init_cfg, name='head'))
+            model.init_cfg = dict(
+                type='Constant',
+                layer='Linear',
+                val=1,
+                override=dict(init_cfg, name='head'),
+            )
         else:
             (model if where == 'model' else model.head).init_cfg = init_cfg
     with pytest.raises(UnsafeCheckpointError, match='system'):
@@ -99,46 +112,55 @@ def test_no_name_of_the_initializer_reads_a_pickle(kind, where, arch, evil,
 def test_what_is_pretrained_stays(kind, arch, tmp_path, model):
     """Other initializers come first, whatever the name."""
     if kind == 'PretrainedInit':
-        from mmengine.model import PretrainedInit as kind
+        kind = PretrainedInit
     whole = Model(arch)
     whole.backbone.load_state_dict(model.state_dict())
     torch.save(dict(state_dict=whole.state_dict()), tmp_path / 'whole.pth')
-    init_cfg = [dict(type=kind, checkpoint=str(tmp_path / 'whole.pth')),
-                dict(type='Constant', layer=['Conv2d', 'Linear'], val=7.)]
+    init_cfg = [
+        dict(type=kind, checkpoint=str(tmp_path / 'whole.pth')),
+        dict(type='Constant', layer=['Conv2d', 'Linear'], val=7.0),
+    ]
     loaded = Model(arch, init_cfg=init_cfg)
     loaded.init_weights()
-    assert all(torch.equal(a, b) for a, b in zip(
-        loaded.state_dict().values(), whole.state_dict().values()))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(loaded.state_dict().values(), whole.state_dict().values())
+    )
     assert loaded.init_cfg == init_cfg
 
 
 def test_override_cannot_load_a_part_of_a_backbone(arch, tmp_path, weights):
     torch.save(weights, tmp_path / 'a.pth')
-    override = dict(type='Pretrained', name='stages',
-                    checkpoint=str(tmp_path / 'a.pth'))
-    model = ConvNeXt(arch, init_cfg=dict(
-        type='Constant', layer='Linear', val=1., override=override))
+    override = dict(
+        type='Pretrained', name='stages', checkpoint=str(tmp_path / 'a.pth')
+    )
+    model = ConvNeXt(
+        arch, init_cfg=dict(type='Constant', layer='Linear', val=1.0, override=override)
+    )
     with pytest.raises(ValueError, match='override.*top level'):
         model.init_weights()
 
 
-@pytest.mark.parametrize('wrap', [
-    lambda w: w, lambda w: dict(model={f'backbone.{k}': t
-                                       for k, t in w.items()}),
-    lambda w: {'head.fc.weight': torch.ones(2, 20)},
-    lambda w: {f'encoder.{k}': t for k, t in w.items()}
-])
+@pytest.mark.parametrize(
+    'wrap',
+    [
+        lambda w: w,
+        lambda w: dict(model={f'backbone.{k}': t for k, t in w.items()}),
+        lambda w: {'head.fc.weight': torch.ones(2, 20)},
+        lambda w: {f'encoder.{k}': t for k, t in w.items()},
+    ],
+)
 @pytest.mark.parametrize('where', ['init_cfg', 'load'])
-def test_weights_elsewhere_do_not_leave_noise(wrap, where, arch, weights,
-                                              tmp_path):
+def test_weights_elsewhere_do_not_leave_noise(wrap, where, arch, weights, tmp_path):
     path = str(tmp_path / 'a.pth')
     torch.save(wrap(weights), path)
     with pytest.raises(CheckpointMismatchError, match='ConvNeXt'):
         if where == 'load':
             mmengine_load_checkpoint(Model(arch), path)
         else:
-            Model(arch, init_cfg=dict(
-                type='Pretrained', checkpoint=path)).init_weights()
+            Model(
+                arch, init_cfg=dict(type='Pretrained', checkpoint=path)
+            ).init_weights()
     partial = Model(arch, backbone=dict(allow_partial=True))
     mmengine_load_checkpoint(partial, path)
 
@@ -172,8 +194,10 @@ def test_a_detector_that_places_the_names_itself(arch):
     source = Model(arch)
     target = Student()
     load_state_dict(target, source.state_dict())
-    assert all(torch.equal(a, b) for a, b in zip(
-        target.state_dict().values(), source.state_dict().values()))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(target.state_dict().values(), source.state_dict().values())
+    )
 
 
 def test_two_networks_of_which_one_would_win(arch, tmp_path):
@@ -185,27 +209,56 @@ def test_two_networks_of_which_one_would_win(arch, tmp_path):
 
 
 def test_nothing_that_mmengine_acts_on_comes_through(weights):
-    content = without_orders(dict(
-        state_dict=weights,
-        meta=dict(config='a', cfg='b', epoch='c', iter=3, seed='d',
-                  dataset_meta=dict(classes=('x', )), time='now'),
-        message_hub=dict(
-            log_scalars=dict(loss='x'),
-            resumed_keys=dict(iter=True, cfg=True, b='c'),
-            runtime_info=dict(
-                cfg='a', best_ckpt='/etc', last_ckpt='b', best_score=0.5,
-                keep_ckpt_ids=[1, 2], other_ids=['../x'], iter=3))))
+    content = without_orders(
+        dict(
+            state_dict=weights,
+            meta=dict(
+                config='a',
+                cfg='b',
+                epoch='c',
+                iter=3,
+                seed='d',
+                dataset_meta=dict(classes=('x',)),
+                time='now',
+            ),
+            message_hub=dict(
+                log_scalars=dict(loss='x'),
+                resumed_keys=dict(iter=True, cfg=True, b='c'),
+                runtime_info=dict(
+                    cfg='a',
+                    best_ckpt='/etc',
+                    last_ckpt='b',
+                    best_score=0.5,
+                    keep_ckpt_ids=[1, 2],
+                    other_ids=['../x'],
+                    iter=3,
+                ),
+            ),
+        )
+    )
     assert content['meta'] == dict(
-        iter=3, dataset_meta=dict(classes=('x', )), time='now')
+        iter=3, dataset_meta=dict(classes=('x',)), time='now'
+    )
     assert content['message_hub'] == dict(
-        log_scalars={}, resumed_keys=dict(iter=True), runtime_info=dict(
-            best_score=0.5, keep_ckpt_ids=[1, 2], iter=3))
+        log_scalars={},
+        resumed_keys=dict(iter=True),
+        runtime_info=dict(best_score=0.5, keep_ckpt_ids=[1, 2], iter=3),
+    )
 
 
-@pytest.mark.parametrize('state', [3, None, 'weights', [1], {3: 4},
-                                   {'\x1b[31m': torch.ones(1)},
-                                   {'a\nb': torch.ones(1)},
-                                   {'\ud800': torch.ones(1)}])
+@pytest.mark.parametrize(
+    'state',
+    [
+        3,
+        None,
+        'weights',
+        [1],
+        {3: 4},
+        {'\x1b[31m': torch.ones(1)},
+        {'a\nb': torch.ones(1)},
+        {'\ud800': torch.ones(1)},
+    ],
+)
 def test_state_dicts_that_are_none(state):
     with pytest.raises(CheckpointFileError) as error:
         without_orders(dict(state_dict=state))
@@ -215,8 +268,11 @@ def test_state_dicts_that_are_none(state):
 def make_optimizer(arch, amp=False, **options):
     model = Model(arch)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, **options)
-    wrapper = convnext_mm.AmpOptimWrapper(
-        optimizer=optimizer) if amp else OptimWrapper(optimizer)
+    wrapper = (
+        convnext_mm.AmpOptimWrapper(optimizer=optimizer)
+        if amp
+        else OptimWrapper(optimizer)
+    )
     for param in model.parameters():
         param.grad = torch.ones_like(param)
     wrapper.optimizer.step()
@@ -238,8 +294,7 @@ def test_state_of_another_optimizer_is_refused(amp, fused, arch):
         return changed
 
     def group(**changes):
-        return dict(good, param_groups=[dict(good['param_groups'][0],
-                                             **changes)])
+        return dict(good, param_groups=[dict(good['param_groups'][0], **changes)])
 
     expanded = copy.deepcopy(good)
     for values in expanded['state'].values():
@@ -248,15 +303,24 @@ def test_state_of_another_optimizer_is_refused(amp, fused, arch):
     for values in without_step['state'].values():
         del values['step']
     for case in (
-            state(exp_avg=torch.ones(1000)), state(exp_avg_sq=torch.ones(1, 1)),
-            state(exp_avg='x'), state(exp_avg=3), state(step=torch.ones(7)),
-            state(step=torch.zeros(0)), state(other=torch.ones(())),
-            without_step, group(lr='x'), group(lr=None), group(betas=(0.9, )),
-            group(fused='x'), group(lr=nested(45)),
-            dict(good, param_groups=3), dict(good, param_groups=[])):
+        state(exp_avg=torch.ones(1000)),
+        state(exp_avg_sq=torch.ones(1, 1)),
+        state(exp_avg='x'),
+        state(exp_avg=3),
+        state(step=torch.ones(7)),
+        state(step=torch.zeros(0)),
+        state(other=torch.ones(())),
+        without_step,
+        group(lr='x'),
+        group(lr=None),
+        group(betas=(0.9,)),
+        group(fused='x'),
+        group(lr=nested(45)),
+        dict(good, param_groups=3),
+        dict(good, param_groups=[]),
+    ):
         with pytest.raises(CheckpointMismatchError, match='optimizer') as error:
-            make_optimizer(arch, amp, fused=fused).load_state_dict(
-                copy.copy(case))
+            make_optimizer(arch, amp, fused=fused).load_state_dict(copy.copy(case))
         assert len(str(error.value)) < 500
     wrapper.load_state_dict(group(fused=not fused, foreach=True))
     assert wrapper.optimizer.param_groups[0]['fused'] is fused
@@ -273,11 +337,11 @@ def test_state_of_another_memory_layout(arch):
     for values in state['state'].values():
         if values['exp_avg'].dim() == 4:
             values['exp_avg'] = torch.rand_like(values['exp_avg']).to(
-                memory_format=torch.channels_last)
+                memory_format=torch.channels_last
+            )
     expected = [values['exp_avg'] for values in state['state'].values()]
     wrapper.load_state_dict(state)
-    for (param, values), average in zip(wrapper.optimizer.state.items(),
-                                        expected):
+    for (param, values), average in zip(wrapper.optimizer.state.items(), expected):
         assert values['exp_avg'].stride() == param.stride()
         assert torch.equal(values['exp_avg'], average)
 
@@ -292,9 +356,12 @@ def nested(depth):
 
 def test_settings_of_groups_may_differ(arch):
     params = [nn.Parameter(torch.ones(3)) for _ in range(2)]
-    optimizers = [torch.optim.Adam([
-        dict(params=params[:1], amsgrad=True), dict(params=params[1:])])
-        for _ in range(2)]
+    optimizers = [
+        torch.optim.Adam(
+            [dict(params=params[:1], amsgrad=True), dict(params=params[1:])]
+        )
+        for _ in range(2)
+    ]
     wrappers = [OptimWrapper(optimizer) for optimizer in optimizers]
     for param in params:
         param.grad = torch.ones(3)
@@ -304,10 +371,16 @@ def test_settings_of_groups_may_differ(arch):
     closure.load_state_dict(closure.state_dict())
 
 
-@pytest.mark.parametrize('optimizer', [
-    dict(loss_scaler='x'), dict(loss_scaler=dict(scale='x')),
-    dict(base_param_settings='x'), dict(base_param_settings=dict(lr='x')),
-    dict(generator=dict(base_param_settings=dict(lr='x')))])
+@pytest.mark.parametrize(
+    'optimizer',
+    [
+        dict(loss_scaler='x'),
+        dict(loss_scaler=dict(scale='x')),
+        dict(base_param_settings='x'),
+        dict(base_param_settings=dict(lr='x')),
+        dict(generator=dict(base_param_settings=dict(lr='x'))),
+    ],
+)
 def test_what_lies_beside_the_state_of_an_optimizer(optimizer, weights):
     with pytest.raises(CheckpointFileError, match='optimizer'):
         without_orders(dict(state_dict=weights, optimizer=optimizer))
@@ -318,36 +391,58 @@ def test_state_of_another_scheduler_is_refused(arch):
     scheduler = MultiStepLR(wrapper, milestones=[3], by_epoch=False)
     state = scheduler.state_dict()
     scheduler.load_state_dict(copy.deepcopy(state))
-    for case in (dict(state, _get_value=3), dict(state, last_step='x'),
-                 dict(state, milestones=['a']), 3, dict(optimizer=None),
-                 dict(state, param_name='fused')):
+    for case in (
+        dict(state, _get_value=3),
+        dict(state, last_step='x'),
+        dict(state, milestones=['a']),
+        3,
+        dict(optimizer=None),
+        dict(state, param_name='fused'),
+    ):
         with pytest.raises(CheckpointMismatchError, match='MultiStepLR'):
             scheduler.load_state_dict(case)
 
 
 RESTARTS = dict(periods=[3, 3], restart_weights=[1, 0.5], eta_min=0)
 SCHEDULERS = {
-    'Constant': {}, 'CosineAnnealing': dict(T_max=9),
-    'Exponential': dict(gamma=0.5), 'Linear': {}, 'Poly': {},
-    'MultiStep': dict(milestones=[2, 4]), 'Step': dict(step_size=2),
-    'CosineRestart': RESTARTS, 'ReduceOnPlateau': dict(monitor='a')}
+    'Constant': {},
+    'CosineAnnealing': dict(T_max=9),
+    'Exponential': dict(gamma=0.5),
+    'Linear': {},
+    'Poly': {},
+    'MultiStep': dict(milestones=[2, 4]),
+    'Step': dict(step_size=2),
+    'CosineRestart': RESTARTS,
+    'ReduceOnPlateau': dict(monitor='a'),
+}
 
 
-@pytest.mark.parametrize('name', [
-    f'{name}{kind}' for name in SCHEDULERS for kind in ('LR', 'Momentum')
-] + ['OneCycleLR'])
+@pytest.mark.parametrize(
+    'name',
+    [f'{name}{kind}' for name in SCHEDULERS for kind in ('LR', 'Momentum')]
+    + ['OneCycleLR'],
+)
 def test_every_scheduler_of_mmengine_resumes(name, tmp_path):
     def make():
-        settings = SCHEDULERS.get(name.removesuffix('LR').removesuffix(
-            'Momentum'), dict(eta_max=0.1, total_steps=9))
+        settings = SCHEDULERS.get(
+            name.removesuffix('LR').removesuffix('Momentum'),
+            dict(eta_max=0.1, total_steps=9),
+        )
         params = [nn.Parameter(torch.ones(2)) for _ in range(2)]
-        return PARAM_SCHEDULERS.get(name)(OptimWrapper(torch.optim.SGD(
-            [dict(params=params[:1]), dict(params=params[1:], lr=0.2)],
-            lr=0.1, momentum=0.9)), **settings)
+        return PARAM_SCHEDULERS.get(name)(
+            OptimWrapper(
+                torch.optim.SGD(
+                    [dict(params=params[:1]), dict(params=params[1:], lr=0.2)],
+                    lr=0.1,
+                    momentum=0.9,
+                )
+            ),
+            **settings,
+        )
 
     stepped, fresh = make(), make()
     for _ in range(4):
-        stepped.step(*([dict(a=1.)] if 'Plateau' in name else []))
+        stepped.step(*([dict(a=1.0)] if 'Plateau' in name else []))
     torch.save(dict(x=stepped.state_dict()), tmp_path / 'a.pth')
     fresh.load_state_dict(read_checkpoint(tmp_path / 'a.pth')['x'])
     assert fresh.state_dict() == stepped.state_dict()
@@ -389,9 +484,14 @@ def world(tmp_path_factory):
     pytest.importorskip('mmdet')
     doors = pytest.importorskip('doors')
     folder = tmp_path_factory.mktemp('world')
-    subprocess.run([sys.executable, '-W', 'ignore', doors.__file__,
-                    str(folder)], input='', check=True, text=True,
-                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    subprocess.run(
+        [sys.executable, '-W', 'ignore', doors.__file__, str(folder)],
+        input='',
+        check=True,
+        text=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     # What a config has to say for inferencers, which read weights first.
     cfg = Config.fromfile(folder / 'detector.py')
     cfg.custom_imports = dict(imports=['convnext_mm'])
@@ -402,9 +502,14 @@ def world(tmp_path_factory):
 def run_alone(program, *args):
     result = subprocess.run(
         [sys.executable, '-W', 'ignore', '-c', program, *map(str, args)],
-        capture_output=True, text=True, cwd=ROOT, timeout=120)
-    return [line[9:] for line in result.stdout.splitlines()
-            if line.startswith('outcome:')] or result.stderr
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=120,
+    )
+    return [
+        line[9:] for line in result.stdout.splitlines() if line.startswith('outcome:')
+    ] or result.stderr
 
 
 def with_orders(world, tmp_path, flat=False):
@@ -423,8 +528,7 @@ def with_orders(world, tmp_path, flat=False):
 def test_stock_runner(mode, world, tmp_path, evil, canary):
     """With no import but MMEngine's of a type in the config."""
     config = world / 'detector.py'
-    assert run_alone(STOCK, config, tmp_path, evil, mode) == [
-        'UnsafeCheckpointError']
+    assert run_alone(STOCK, config, tmp_path, evil, mode) == ['UnsafeCheckpointError']
     for flat in (False, True):
         orders = with_orders(world, tmp_path, flat)
         assert run_alone(STOCK, config, tmp_path, orders, mode) == ['trained']
@@ -433,11 +537,15 @@ def test_stock_runner(mode, world, tmp_path, evil, canary):
 
 def test_stock_inferencers(world, tmp_path, evil, canary):
     configs = world / 'detector.py', world / 'importing.py'
-    assert run_alone(INFER, *configs, evil) == 2 * [
-        'UnsafeCheckpointError'] + ['CheckpointFileError']
+    assert run_alone(INFER, *configs, evil) == 2 * ['UnsafeCheckpointError'] + [
+        'CheckpointFileError'
+    ]
     orders = with_orders(world, tmp_path)
     assert run_alone(INFER, *configs, orders) == [
-        'loaded', 'loaded', 'CheckpointFileError']
+        'loaded',
+        'loaded',
+        'CheckpointFileError',
+    ]
     assert not canary.exists()
 
 
@@ -445,7 +553,9 @@ def test_stock_inferencers(world, tmp_path, evil, canary):
 def test_the_orders_would_act(mode, world, tmp_path, canary):
     """The control: MMEngine alone runs them, and deletes what they name."""
     orders = with_orders(world, tmp_path, flat=mode == 'flat')
-    program = STOCK.replace('Runner.from_cfg(cfg)', """
+    program = STOCK.replace(
+        'Runner.from_cfg(cfg)',
+        """
 import convnext_mm
 from convnext_mm.checkpoint import gate
 from mmengine.runner import checkpoint
@@ -453,7 +563,8 @@ checkpoint.CheckpointLoader.load_checkpoint = staticmethod(
     lambda name, *args, **kwargs: __import__('torch').load(
         name, weights_only=False))
 runner = Runner.from_cfg(cfg)
-runner""".replace('\n', '\n    '))
+runner""".replace('\n', '\n    '),
+    )
     run_alone(program, world / 'detector.py', tmp_path / 'a', orders, 'resume')
     assert canary.exists()
 
@@ -465,17 +576,30 @@ def test_paths_in_a_checkpoint_are_not_deleted(kind, world, tmp_path):
     victim.mkdir()
     (victim / 'file').touch()
     run['message_hub']['runtime_info'].update(
-        best_ckpt=str(victim / 'file' if kind == 'file' else victim),
-        best_score=-1.)
+        best_ckpt=str(victim / 'file' if kind == 'file' else victim), best_score=-1.0
+    )
     run['message_hub']['resumed_keys'].update(best_ckpt=True, best_score=True)
     path = tmp_path / 'run.pth'
     torch.save(run, path)
     work_dir = tmp_path / 'work'
     subprocess.run(
-        [sys.executable, '-W', 'ignore', 'tools/train.py',
-         str(world / 'detector.py'), '--work-dir', str(work_dir), '--resume',
-         str(path), '--cfg-options', 'custom_hooks=[]'],
-        cwd=ROOT, check=True, capture_output=True)
+        [
+            sys.executable,
+            '-W',
+            'ignore',
+            'tools/train.py',
+            str(world / 'detector.py'),
+            '--work-dir',
+            str(work_dir),
+            '--resume',
+            str(path),
+            '--cfg-options',
+            'custom_hooks=[]',
+        ],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+    )
     assert list(work_dir.glob('best_*.pth'))
     assert (victim / 'file').exists()
 
@@ -483,53 +607,78 @@ def test_paths_in_a_checkpoint_are_not_deleted(kind, world, tmp_path):
 def test_the_best_checkpoint_is_replaced_after_a_resume(world, tmp_path):
     """Found in the work folder; later ones and others' stay."""
     run = torch.load(world / 'checkpoints.pth', weights_only=False)['detector']
-    run['message_hub']['runtime_info'].update(best_score=-1.)
+    run['message_hub']['runtime_info'].update(best_score=-1.0)
     run['message_hub']['resumed_keys'].update(best_score=True)
     work_dir = tmp_path / 'work'
     work_dir.mkdir()
     torch.save(run, work_dir / 'iter_1.pth')
     (work_dir / 'last_checkpoint').write_text(str(work_dir / 'iter_1.pth'))
-    for name in ('best_coco_bbox_mAP_iter_1.pth', 'best_of_mine.pth',
-                 'best_coco_bbox_mAP_iter_7.pth',
-                 'best_coco_bbox_mAP_iter_1-12345678.pth'):
+    for name in (
+        'best_coco_bbox_mAP_iter_1.pth',
+        'best_of_mine.pth',
+        'best_coco_bbox_mAP_iter_7.pth',
+        'best_coco_bbox_mAP_iter_1-12345678.pth',
+    ):
         (work_dir / name).touch()
     subprocess.run(
-        [sys.executable, '-W', 'ignore', 'tools/train.py',
-         str(world / 'detector.py'), '--work-dir', str(work_dir), '--resume',
-         '--cfg-options', 'custom_hooks=[]'],
-        cwd=ROOT, check=True, capture_output=True)
+        [
+            sys.executable,
+            '-W',
+            'ignore',
+            'tools/train.py',
+            str(world / 'detector.py'),
+            '--work-dir',
+            str(work_dir),
+            '--resume',
+            '--cfg-options',
+            'custom_hooks=[]',
+        ],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+    )
     assert {path.name for path in work_dir.glob('best_*')} == {
-        'best_coco_bbox_mAP_iter_2.pth', 'best_of_mine.pth',
+        'best_coco_bbox_mAP_iter_2.pth',
+        'best_of_mine.pth',
         'best_coco_bbox_mAP_iter_7.pth',
-        'best_coco_bbox_mAP_iter_1-12345678.pth'}
+        'best_coco_bbox_mAP_iter_1-12345678.pth',
+    }
 
 
 def run_tool(name, *args, **options):
     return subprocess.run(
         [sys.executable, '-W', 'ignore', f'tools/{name}.py', *map(str, args)],
-        cwd=ROOT, capture_output=True, text=True, timeout=120, **options)
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        **options,
+    )
 
 
 def special_files(folder):
     os.mkfifo(folder / 'pipe')
     (folder / 'empty.pth').touch()
     return {
-        folder / 'pipe': 'not a regular file', folder: 'is a directory',
-        folder / 'empty.pth': 'is empty', folder / 'missing.pth':
-        'no such file', '~nosuchuser/x.pth': 'home'}
+        folder / 'pipe': 'not a regular file',
+        folder: 'is a directory',
+        folder / 'empty.pth': 'is empty',
+        folder / 'missing.pth': 'no such file',
+        '~nosuchuser/x.pth': 'home',
+    }
 
 
 @pytest.mark.parametrize('tool', ['train', 'test', 'convert_checkpoint'])
 def test_tools_say_what_a_path_is(tool, world, tmp_path, capsys):
     """In one line; a pipe is not waited for."""
-    import doors
     for path, reason in special_files(tmp_path).items():
         args = dict(
             train=[world / 'detector.py', '--resume', path],
             test=[world / 'detector.py', path],
-            convert_checkpoint=[path, tmp_path / 'x.pth'])[tool]
+            convert_checkpoint=[path, tmp_path / 'x.pth'],
+        )[tool]
         try:
-            status = doors.load_tool(tool).main(list(map(str, args)))
+            status = load_tool(tool).main(list(map(str, args)))
         except SystemExit as error:
             status, message = 1, error.code
         else:
@@ -540,11 +689,17 @@ def test_tools_say_what_a_path_is(tool, world, tmp_path, capsys):
 
 def test_resume_of_weights_says_so(world, tmp_path):
     content = torch.load(world / 'checkpoints.pth', weights_only=False)
-    torch.save(dict(state_dict=content['detector']['state_dict']),
-               tmp_path / 'a.pth')
-    result = run_tool('train', world / 'detector.py', '--resume',
-                      tmp_path / 'a.pth', '--work-dir', tmp_path,
-                      '--cfg-options', 'custom_hooks=[]')
+    torch.save(dict(state_dict=content['detector']['state_dict']), tmp_path / 'a.pth')
+    result = run_tool(
+        'train',
+        world / 'detector.py',
+        '--resume',
+        tmp_path / 'a.pth',
+        '--work-dir',
+        tmp_path,
+        '--cfg-options',
+        'custom_hooks=[]',
+    )
     assert result.returncode == 1
     last = result.stderr.strip().splitlines()[-1]
     assert last.startswith('error: ') and 'leave out --resume' in last
@@ -556,17 +711,14 @@ def test_names_that_are_no_unicode(tmp_path, weights):
         file.write(zipped(weights))
     state = convnext_mm.load_checkpoint(os.fsdecode(path))
     assert state.keys() == weights.keys()
-    result = run_tool('convert_checkpoint', os.fsdecode(path),
-                      tmp_path / 'b.pth')
+    result = run_tool('convert_checkpoint', os.fsdecode(path), tmp_path / 'b.pth')
     assert result.returncode == 0 and 'caf\\udce9' in result.stdout
 
 
-def test_convert_to_safetensors_of_tensors_that_share_memory(tmp_path,
-                                                             weights):
+def test_convert_to_safetensors_of_tensors_that_share_memory(tmp_path, weights):
     flat = torch.cat([t.flatten() for t in weights.values()])
     parts = flat.split([t.numel() for t in weights.values()])
-    views = {k: part.view(t.shape)
-             for (k, t), part in zip(weights.items(), parts)}
+    views = {k: part.view(t.shape) for (k, t), part in zip(weights.items(), parts)}
     views['stages.1.0.norm.bias'] = views['stages.1.1.norm.bias']
     torch.save(views, tmp_path / 'a.pth')
     for suffix in ('safetensors', 'pth'):
@@ -585,8 +737,12 @@ def test_convert_to_a_full_disk(suffix, tmp_path, weights):
     def limit():
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 
-    result = run_tool('convert_checkpoint', tmp_path / 'a.pth',
-                      tmp_path / f'b.{suffix}', preexec_fn=limit)
+    result = run_tool(
+        'convert_checkpoint',
+        tmp_path / 'a.pth',
+        tmp_path / f'b.{suffix}',
+        preexec_fn=limit,
+    )
     assert result.returncode == 1
     assert 'cannot be written' in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
@@ -595,8 +751,9 @@ def test_convert_to_a_full_disk(suffix, tmp_path, weights):
 
 def test_configs_of_ours_import_the_gate():
     """Inferencers read weights before they build what would import it."""
-    paths = [path for path in (ROOT / 'configs').rglob('*.py')
-             if '_base_' not in path.parts]
+    paths = [
+        path for path in (ROOT / 'configs').rglob('*.py') if '_base_' not in path.parts
+    ]
     for path in paths:
         cfg = Config.fromfile(path, import_custom_modules=False)
         assert cfg.custom_imports.imports == ['convnext_mm'], path
@@ -604,8 +761,12 @@ def test_configs_of_ours_import_the_gate():
 
 def test_average_without_a_backbone_is_refused(arch):
     from mmengine.model import ExponentialMovingAverage
+
     average = ExponentialMovingAverage(Model(arch))
-    state = {key: tensor for key, tensor in average.state_dict().items()
-             if 'backbone' not in key}
+    state = {
+        key: tensor
+        for key, tensor in average.state_dict().items()
+        if 'backbone' not in key
+    }
     with pytest.raises(CheckpointError, match='no weights'):
         average.load_state_dict(state, strict=False)

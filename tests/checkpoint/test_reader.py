@@ -1,4 +1,5 @@
 """Reading runs no code, whatever the file; and reads what training wrote."""
+
 import argparse
 import collections
 import os
@@ -6,15 +7,18 @@ import pickle
 import socket
 import sys
 
-import attacks
 import numpy as np
 import pytest
 import torch
 from mmengine.logging import HistoryBuffer
 
+import attacks
 from convnext_mm import CheckpointError, load_checkpoint
-from convnext_mm.checkpoint import (CheckpointFileError,
-                                    UnsafeCheckpointError, read_checkpoint)
+from convnext_mm.checkpoint import (
+    CheckpointFileError,
+    UnsafeCheckpointError,
+    read_checkpoint,
+)
 from convnext_mm.checkpoint.reader import TRUST_VARIABLE
 
 
@@ -55,8 +59,9 @@ def test_payloads_would_act(weights, tmp_path, canary):
 def test_what_is_refused_is_named(weights, tmp_path):
     path = tmp_path / 'hostile.pth'
     path.write_bytes(dict(attacks.calls(attacks.Source(weights)))['os.system'])
-    with pytest.raises(UnsafeCheckpointError,
-                       match="asks for 'os.system'.*nothing was executed"):
+    with pytest.raises(
+        UnsafeCheckpointError, match="asks for 'os.system'.*nothing was executed"
+    ):
         read_checkpoint(path)
 
 
@@ -94,8 +99,10 @@ def test_no_permission(tmp_path, weights, monkeypatch):
     torch.save(weights, path)
     path.chmod(0)
     if os.access(path, os.R_OK):  # root may read everything
+
         def refuse(*args):
             raise PermissionError(13, 'Permission denied')
+
         monkeypatch.setattr('os.open', refuse)
     with pytest.raises(CheckpointFileError, match='permissions'):
         load_checkpoint(path)
@@ -104,23 +111,32 @@ def test_no_permission(tmp_path, weights, monkeypatch):
 @pytest.fixture
 def run_state(weights):
     """What MMEngine, the paper's code and people store beside weights."""
-    buffer = HistoryBuffer([1., 2., 3.], [1, 1, 1])
+    buffer = HistoryBuffer([1.0, 2.0, 3.0], [1, 1, 1])
     return dict(
         state_dict=collections.OrderedDict(weights),
-        message_hub=dict(log_scalars=collections.OrderedDict(
-            loss=buffer, empty=HistoryBuffer())),
+        message_hub=dict(
+            log_scalars=collections.OrderedDict(loss=buffer, empty=HistoryBuffer())
+        ),
         optimizer=dict(
-            state={0: dict(step=torch.tensor(3.), exp_avg=torch.ones(2))},
-            param_groups=[dict(lr=1e-3, betas=(0.9, 0.999), params=[0])]),
-        param_schedulers=[dict(milestones=collections.Counter([8, 11]),
-                               last_step=3)],
+            state={0: dict(step=torch.tensor(3.0), exp_avg=torch.ones(2))},
+            param_groups=[dict(lr=1e-3, betas=(0.9, 0.999), params=[0])],
+        ),
+        param_schedulers=[dict(milestones=collections.Counter([8, 11]), last_step=3)],
         args=argparse.Namespace(model='tiny', lr=1e-3, names=['a', None]),
-        meta=dict(classes={'cat', 'dog'}, device=torch.device('cpu'),
-                  dtype=torch.float16, size=torch.Size([2, 3]),
-                  best=np.float64(0.5), count=np.int32(7),
-                  palette=np.arange(6, dtype=np.uint8).reshape(2, 3),
-                  flags=np.array([True, False]), blob=b'\0\xff', big=2**70,
-                  parameter=torch.nn.Parameter(torch.ones(2))))
+        meta=dict(
+            classes={'cat', 'dog'},
+            device=torch.device('cpu'),
+            dtype=torch.float16,
+            size=torch.Size([2, 3]),
+            best=np.float64(0.5),
+            count=np.int32(7),
+            palette=np.arange(6, dtype=np.uint8).reshape(2, 3),
+            flags=np.array([True, False]),
+            blob=b'\0\xff',
+            big=2**70,
+            parameter=torch.nn.Parameter(torch.ones(2)),
+        ),
+    )
 
 
 @pytest.mark.parametrize('zipped', [True, False])
@@ -130,8 +146,9 @@ def test_state_of_a_run_is_read(zipped, run_state, tmp_path):
     content = read_checkpoint(path)
     assert content['args'] == run_state['args']
     assert content['param_schedulers'] == run_state['param_schedulers']
-    assert content['optimizer']['param_groups'] == run_state['optimizer'][
-        'param_groups']
+    assert (
+        content['optimizer']['param_groups'] == run_state['optimizer']['param_groups']
+    )
     meta = content['meta']
     assert meta['classes'] == {'cat', 'dog'} and meta['big'] == 2**70
     assert np.array_equal(meta['palette'], run_state['meta']['palette'])
@@ -139,12 +156,14 @@ def test_state_of_a_run_is_read(zipped, run_state, tmp_path):
     buffer = content['message_hub']['log_scalars']['loss']
     assert type(buffer) is HistoryBuffer
     assert buffer.mean() == 2 and buffer.statistics('max') == 3
-    assert all(torch.equal(tensor, run_state['state_dict'][key])
-               for key, tensor in content['state_dict'].items())
+    assert all(
+        torch.equal(tensor, run_state['state_dict'][key])
+        for key, tensor in content['state_dict'].items()
+    )
 
 
 def test_statistics_of_a_file_do_not_replace_mmengines(tmp_path):
-    buffer = HistoryBuffer([1.], [1])
+    buffer = HistoryBuffer([1.0], [1])
     before = dict(HistoryBuffer._statistics_methods)
     buffer._statistics_methods = dict(min=torch.device('cpu'), evil=3)
     torch.save(dict(x=buffer), tmp_path / 'run.pth')
@@ -166,20 +185,20 @@ def test_lists_of_other_libraries_do_not_count(weights, tmp_path, canary):
 
 
 def test_old_torch_refuses_pickles_but_reads_safetensors(
-        weights, tmp_path, monkeypatch):
+    weights, tmp_path, monkeypatch
+):
     from safetensors.torch import save_file
+
     monkeypatch.setattr(torch, '__version__', '2.9.1')
     torch.save(weights, tmp_path / 'a.pth')
     save_file(weights, tmp_path / 'b.safetensors')
-    with pytest.raises(UnsafeCheckpointError,
-                       match=f'2.9.1 cannot.*{TRUST_VARIABLE}'):
+    with pytest.raises(UnsafeCheckpointError, match=f'2.9.1 cannot.*{TRUST_VARIABLE}'):
         load_checkpoint(tmp_path / 'a.pth')
     assert load_checkpoint(tmp_path / 'b.safetensors').keys() == weights.keys()
     assert load_checkpoint(tmp_path / 'a.pth', trust_pickle=True)
 
 
-def test_torch_without_its_unpickler_refuses_pickles(weights, tmp_path,
-                                                     monkeypatch):
+def test_torch_without_its_unpickler_refuses_pickles(weights, tmp_path, monkeypatch):
     """Never another way of reading them."""
     torch.save(weights, tmp_path / 'a.pth')
     monkeypatch.setitem(sys.modules, 'torch._weights_only_unpickler', None)
@@ -216,8 +235,10 @@ def test_pickled_arrays_of_objects_are_refused(tmp_path):
 
 def test_sample_run_has_its_message_hub(shared_dir):
     content = read_checkpoint(
-        shared_dir / 'reference' / 'checkpoints' / 'mmengine_runner.pth')
+        shared_dir / 'reference' / 'checkpoints' / 'mmengine_runner.pth'
+    )
     from mmengine.logging import MessageHub
+
     hub = MessageHub('sample')
     hub.load_state_dict(content['message_hub'])
     assert hub.get_scalar('train/loss').data[0].tolist() == [0, 1, 2, 3, 4]

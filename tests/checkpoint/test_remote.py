@@ -1,4 +1,5 @@
 """Remote checkpoints, from servers on loopback."""
+
 import errno
 import hashlib
 import io
@@ -24,7 +25,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def answer(self):
         self.server.requests.append(
-            (self.command, self.path, self.headers.get('Range')))
+            (self.command, self.path, self.headers.get('Range'))
+        )
         content = self.server.files.get(self.path)
         if callable(content):
             content(self)
@@ -38,8 +40,9 @@ class Handler(BaseHTTPRequestHandler):
     def send(self, content, **headers):
         start = int((self.headers.get('Range') or 'bytes=0-')[6:-1])
         if start:
-            headers['Content-Range'] = (f'bytes {start}-{len(content) - 1}/'
-                                        f'{len(content)}')
+            headers['Content-Range'] = (
+                f'bytes {start}-{len(content) - 1}/{len(content)}'
+            )
         self.reply(206 if start else 200, content[start:], **headers)
 
     def reply(self, status, body, length=None, **headers):
@@ -65,8 +68,7 @@ def server(monkeypatch, tmp_path):
     server.cache = str(tmp_path / 'cache')
     server.url = f'http://127.0.0.1:{server.server_port}'
     monkeypatch.setenv(remote.CACHE_VARIABLE, server.cache)
-    thread = threading.Thread(
-        target=server.serve_forever, args=(0.02, ), daemon=True)
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
     thread.start()
     yield server
     server.shutdown()
@@ -82,8 +84,11 @@ def content(weights):
 
 def cached():
     """Complete files in the cache."""
-    return [path for path in remote.cache_dir().rglob('*')
-            if path.is_file() and path.suffix not in ('.lock', '.incomplete')]
+    return [
+        path
+        for path in remote.cache_dir().rglob('*')
+        if path.is_file() and path.suffix not in ('.lock', '.incomplete')
+    ]
 
 
 def partial():
@@ -95,8 +100,9 @@ def partial():
 def log(monkeypatch):
     """What remote.py logs."""
     messages = []
-    monkeypatch.setattr(remote, 'print_log',
-                        lambda message, **_: messages.append(message))
+    monkeypatch.setattr(
+        remote, 'print_log', lambda message, **_: messages.append(message)
+    )
     return messages
 
 
@@ -148,10 +154,17 @@ def test_changed_file_in_the_cache(gone, server, content, weights, log):
     assert len(log) == 1 and 'SHA-256' in log[0] and 'again' in log[0]
 
 
-@pytest.mark.parametrize('path, name', [
-    ('/a/lock', 'lock'), ('/a/..', '_'), ('/%2e%2E', '_'), ('/', 'checkpoint'),
-    ('/a/%2Fb%0A%1b.pth', 'b__.pth'), ('/' + '%C3%BC' * 200 + '.pth', None)
-])
+@pytest.mark.parametrize(
+    'path, name',
+    [
+        ('/a/lock', 'lock'),
+        ('/a/..', '_'),
+        ('/%2e%2E', '_'),
+        ('/', 'checkpoint'),
+        ('/a/%2Fb%0A%1b.pth', 'b__.pth'),
+        ('/' + '%C3%BC' * 200 + '.pth', None),
+    ],
+)
 def test_names_in_the_cache(path, name, server, content):
     server.files[path] = content
     for _ in range(2):
@@ -179,8 +192,12 @@ def half(content, **headers):
             handler.close_connection = True
             handler.connection.shutdown(socket.SHUT_RDWR)
         else:
-            handler.reply(200, content[:len(content) // 2], len(content),
-                          **(headers or {'ETag': '"1"'}))
+            handler.reply(
+                200,
+                content[: len(content) // 2],
+                len(content),
+                **(headers or {'ETag': '"1"'}),
+            )
             handler.close_connection = True
 
     return serve
@@ -192,8 +209,7 @@ def test_interrupted_download_is_resumed(server, content, weights):
     with pytest.raises(CheckpointDownloadError, match='stopped after.*resume'):
         load_checkpoint(url)
     assert not cached()
-    server.files['/model.pth'] = lambda handler: handler.send(content,
-                                                              ETag='"1"')
+    server.files['/model.pth'] = lambda handler: handler.send(content, ETag='"1"')
     server.requests.clear()
     assert load_checkpoint(url).keys() == weights.keys()
     # The first one asks for the version only.
@@ -207,16 +223,16 @@ def test_parts_of_two_versions_are_not_joined(server, content, weights):
     server.files['/model.pth'] = half(content)
     with pytest.raises(CheckpointDownloadError):
         load_checkpoint(f'{server.url}/model.pth')
-    server.files['/model.pth'] = lambda handler: handler.send(content,
-                                                              ETag='"2"')
+    server.files['/model.pth'] = lambda handler: handler.send(content, ETag='"2"')
     server.requests.clear()
     assert load_checkpoint(f'{server.url}/model.pth').keys() == weights.keys()
     assert [r[2] for r in server.requests if r[0] == 'GET'] == [None]
     assert cached()[0].read_bytes() == content and not partial()
 
 
-@pytest.mark.parametrize('answer', [
-    'whole', 'other version', 'no version', 'other place', 'other size'])
+@pytest.mark.parametrize(
+    'answer', ['whole', 'other version', 'no version', 'other place', 'other size']
+)
 def test_parts_that_do_not_fit_are_not_joined(answer, server, content):
     server.files['/model.pth'] = half(content)
     with pytest.raises(CheckpointDownloadError):
@@ -228,11 +244,12 @@ def test_parts_that_do_not_fit_are_not_joined(answer, server, content):
             handler.reply(200, content, ETag='"1"')
             return
         headers = {
-            'ETag': {'other version': '"2"', 'no version': ''}.get(answer,
-                                                                   '"1"'),
+            'ETag': {'other version': '"2"', 'no version': ''}.get(answer, '"1"'),
             'Content-Range': 'bytes {}-{}/{}'.format(
-                start + (answer == 'other place'), len(content) - 1,
-                len(content) + (answer == 'other size'))
+                start + (answer == 'other place'),
+                len(content) - 1,
+                len(content) + (answer == 'other size'),
+            ),
         }
         handler.reply(206, b'x' * (len(content) - start), **headers)
 
@@ -241,10 +258,15 @@ def test_parts_that_do_not_fit_are_not_joined(answer, server, content):
     assert cached()[0].read_bytes() == content and not partial()
 
 
-@pytest.mark.parametrize('headers, kept', [
-    ({'ETag': '"1"'}, True), ({'ETag': 'W/"1"'}, False), ({'X': 'y'}, False),
-    ({'Last-Modified': 'Sun, 06 Nov 1994 08:49:37 GMT'}, True)
-])
+@pytest.mark.parametrize(
+    'headers, kept',
+    [
+        ({'ETag': '"1"'}, True),
+        ({'ETag': 'W/"1"'}, False),
+        ({'X': 'y'}, False),
+        ({'Last-Modified': 'Sun, 06 Nov 1994 08:49:37 GMT'}, True),
+    ],
+)
 def test_only_what_can_be_resumed_is_kept(headers, kept, server, content):
     server.files['/model.pth'] = half(content, **headers)
     with pytest.raises(CheckpointDownloadError):
@@ -256,17 +278,16 @@ def test_only_what_can_be_resumed_is_kept(headers, kept, server, content):
 def test_full_disk(headers, server, content, monkeypatch):
 
     class FullDisk(io.FileIO):
-
         def write(self, data):
             super().write(data[:10000])
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     url = f'{server.url}/model.pth'
-    server.files['/model.pth'] = lambda handler: handler.send(content,
-                                                              **headers)
+    server.files['/model.pth'] = lambda handler: handler.send(content, **headers)
     monkeypatch.setattr(remote, 'open', FullDisk, raising=False)
-    with pytest.raises(CheckpointDownloadError,
-                       match=f'No space left.*{remote.CACHE_VARIABLE}.*room'):
+    with pytest.raises(
+        CheckpointDownloadError, match=f'No space left.*{remote.CACHE_VARIABLE}.*room'
+    ):
         load_checkpoint(url)
     assert not cached() and len(partial()) == ('ETag' in headers)
     monkeypatch.undo()
@@ -290,13 +311,22 @@ def redirect(where):
     return lambda handler: handler.reply(302, b'', Location=where)
 
 
-@pytest.mark.parametrize('target', [
-    'http://example.invalid/x.pth', 'http://example.invalid/hop',
-    '//example.invalid/x.pth', 'ftp://127.0.0.1/x.pth', 'file:///x.pth',
-    'data:,x', 'http://localhost@example.invalid/', 'http://[::1].invalid/',
-    'http://localhost.example.invalid/', 'http://example.invalid\\@localhost/',
-    'HTTP://example.invalid/x.pth'
-])
+@pytest.mark.parametrize(
+    'target',
+    [
+        'http://example.invalid/x.pth',
+        'http://example.invalid/hop',
+        '//example.invalid/x.pth',
+        'ftp://127.0.0.1/x.pth',
+        'file:///x.pth',
+        'data:,x',
+        'http://localhost@example.invalid/',
+        'http://[::1].invalid/',
+        'http://localhost.example.invalid/',
+        'http://example.invalid\\@localhost/',
+        'HTTP://example.invalid/x.pth',
+    ],
+)
 @pytest.mark.parametrize('head', ['redirected', 'answered', 'not allowed'])
 def test_no_hop_is_unprotected(head, target, server, content, monkeypatch):
     # As a proxy the server is asked for every plain address, and would answer.
@@ -309,13 +339,15 @@ def test_no_hop_is_unprotected(head, target, server, content, monkeypatch):
         else:
             handler.reply(302, b'', Location='/second.pth')
 
-    server.files.update({
-        '/first.pth': first,
-        '/second.pth': redirect(target),
-        '/model.pth': content,
-        'http://example.invalid/x.pth': content,
-        'http://example.invalid/hop': redirect(f'{server.url}/model.pth')
-    })
+    server.files.update(
+        {
+            '/first.pth': first,
+            '/second.pth': redirect(target),
+            '/model.pth': content,
+            'http://example.invalid/x.pth': content,
+            'http://example.invalid/hop': redirect(f'{server.url}/model.pth'),
+        }
+    )
     with pytest.raises(CheckpointDownloadError, match='https|not allowed'):
         load_checkpoint(f'{server.url}/first.pth')
     assert {r[1] for r in server.requests} == {'/first.pth', '/second.pth'}
@@ -326,7 +358,8 @@ def test_no_hop_is_unprotected(head, target, server, content, monkeypatch):
 def test_redirects_are_followed(code, server, content, weights):
     server.files['/model.pth'] = content
     server.files['/there.pth'] = lambda handler: handler.reply(
-        code, b'', Location='/model.pth')
+        code, b'', Location='/model.pth'
+    )
     assert load_checkpoint(f'{server.url}/there.pth').keys() == weights.keys()
 
 
@@ -391,13 +424,26 @@ def test_faulty_servers(server, content):
 
 
 BAD_ADDRESSES = [
-    'http://example.invalid/x.pth', 'https://', 'https:///x.pth',
-    'https://127.0.0.1:1/x.pth', 'http://127.0.0.1:1/x.pth',
-    'https://127.0.0.1:99999/x.pth', 'https://[::1/x.pth',
-    'https://exa mple.invalid/x.pth', 'ftp://127.0.0.1/x.pth',
-    's3://bucket/x.pth', 'file:///etc/passwd', 'hf://', 'hf://name',
-    'hf://../../etc', 'hf://org/name@', 'timm://', 'timm://resnet/../x',
-    'timm://no_such_model', 'data://x', 'https://\xfc.invalid/\xfc.pth'
+    'http://example.invalid/x.pth',
+    'https://',
+    'https:///x.pth',
+    'https://127.0.0.1:1/x.pth',
+    'http://127.0.0.1:1/x.pth',
+    'https://127.0.0.1:99999/x.pth',
+    'https://[::1/x.pth',
+    'https://exa mple.invalid/x.pth',
+    'ftp://127.0.0.1/x.pth',
+    's3://bucket/x.pth',
+    'file:///etc/passwd',
+    'hf://',
+    'hf://name',
+    'hf://../../etc',
+    'hf://org/name@',
+    'timm://',
+    'timm://resnet/../x',
+    'timm://no_such_model',
+    'data://x',
+    'https://\xfc.invalid/\xfc.pth',
 ]
 
 
@@ -410,11 +456,17 @@ def test_bad_addresses(server):
 
 
 UNPRINTABLE = [
-    'https://127.0.0.1:1/a\n\x1b[2Jb.pth', 'https://127.0.0.1:1/\0.pth',
-    'https://127.0.0.1:1/\udcff.pth', 'https://127.0.0.1:1\r\nHost: x/a.pth',
-    'http://example.invalid/\x1b', 'x\ny://a', 'hf://org/name/a\nb',
-    'hf://org/name/\x1b\0', 'timm://a\nb', 'timm://\x1b',
-    '~nosuchuser/\x1b.pth'
+    'https://127.0.0.1:1/a\n\x1b[2Jb.pth',
+    'https://127.0.0.1:1/\0.pth',
+    'https://127.0.0.1:1/\udcff.pth',
+    'https://127.0.0.1:1\r\nHost: x/a.pth',
+    'http://example.invalid/\x1b',
+    'x\ny://a',
+    'hf://org/name/a\nb',
+    'hf://org/name/\x1b\0',
+    'timm://a\nb',
+    'timm://\x1b',
+    '~nosuchuser/\x1b.pth',
 ]
 
 
@@ -426,10 +478,14 @@ def test_messages_are_printable(source, server, monkeypatch):
     assert str(error.value).isprintable()
 
 
-@pytest.mark.parametrize('reply', [
-    b'HTTP/1.0 302 \x1b[2J\r\nLocation: http://h/\x1b[2J\r\n\r\n',
-    b'HTTP/1.0 404 \x1b[2J\r\n\r\n', b'\x1b[2J\r\n\r\n'
-])
+@pytest.mark.parametrize(
+    'reply',
+    [
+        b'HTTP/1.0 302 \x1b[2J\r\nLocation: http://h/\x1b[2J\r\n\r\n',
+        b'HTTP/1.0 404 \x1b[2J\r\n\r\n',
+        b'\x1b[2J\r\n\r\n',
+    ],
+)
 def test_messages_of_servers_are_printable(reply, server):
     server.files['/x.pth'] = lambda handler: handler.wfile.write(reply)
     with pytest.raises(CheckpointDownloadError) as error:
@@ -441,7 +497,6 @@ def test_paths(monkeypatch, tmp_path):
     monkeypatch.setenv('HOME', str(tmp_path))
 
     class Bytes(PurePosixPath):
-
         def __fspath__(self):
             return b'/a/\xff.pth'
 
@@ -462,14 +517,21 @@ def test_another_process_downloads(killed, server, content, weights, log):
     url = f'{server.url}/model.pth'
     with pytest.raises(CheckpointDownloadError):
         load_checkpoint(url)
-    lock, = remote.cache_dir().rglob('*.lock')
+    (lock,) = remote.cache_dir().rglob('*.lock')
     server.files['/model.pth'] = content
     owner = subprocess.Popen(
-        [sys.executable, '-c', 'import filelock, sys\n'
-         'with filelock.FileLock(sys.argv[1]):\n'
-         '    print(flush=True)\n'
-         '    input()', lock],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        [
+            sys.executable,
+            '-c',
+            'import filelock, sys\n'
+            'with filelock.FileLock(sys.argv[1]):\n'
+            '    print(flush=True)\n'
+            '    input()',
+            lock,
+        ],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
     owner.stdout.readline()
     if killed:
         owner.kill()
@@ -494,8 +556,7 @@ def test_without_huggingface_hub(server, content, weights, monkeypatch):
     server.files['/model.pth'] = content
     monkeypatch.setitem(sys.modules, 'huggingface_hub', None)
     assert load_checkpoint(f'{server.url}/model.pth').keys() == weights.keys()
-    with pytest.raises(CheckpointDownloadError,
-                       match='pip install huggingface_hub'):
+    with pytest.raises(CheckpointDownloadError, match='pip install huggingface_hub'):
         load_checkpoint('hf://org/name')
 
 
@@ -516,8 +577,7 @@ def hub_server(server, content, monkeypatch, tmp_path):
         handler.send(content, ETag=f'"{digest}"', X_Repo_Commit='a' * 40)
 
     def no_entry(handler):
-        handler.reply(404, b'', X_Error_Code='EntryNotFound',
-                      X_Repo_Commit='a' * 40)
+        handler.reply(404, b'', X_Error_Code='EntryNotFound', X_Repo_Commit='a' * 40)
 
     def no_repository(handler):
         handler.reply(404, b'', X_Error_Code='RepoNotFound')
@@ -525,8 +585,11 @@ def hub_server(server, content, monkeypatch, tmp_path):
     def gated(handler):
         handler.reply(403, b'', X_Error_Code='GatedRepo')
 
-    for repo in ('org/net', 'timm/convnext_tiny.fb_in1k',
-                 'timm/convnext_tiny.in12k_ft_in1k'):
+    for repo in (
+        'org/net',
+        'timm/convnext_tiny.fb_in1k',
+        'timm/convnext_tiny.in12k_ft_in1k',
+    ):
         for name in ('model.safetensors', 'open_clip_model.safetensors'):
             server.files[f'/{repo}/resolve/main/{name}'] = no_entry
         server.files[f'/{repo}/resolve/main/pytorch_model.bin'] = file
@@ -538,11 +601,16 @@ def hub_server(server, content, monkeypatch, tmp_path):
     return server
 
 
-@pytest.mark.parametrize('source', [
-    'hf://org/net', 'hf://org/net/pytorch_model.bin',
-    'hf://org/net@v1/sub/weights.pth', 'timm://convnext_tiny.fb_in1k',
-    'timm://convnext_tiny'
-])
+@pytest.mark.parametrize(
+    'source',
+    [
+        'hf://org/net',
+        'hf://org/net/pytorch_model.bin',
+        'hf://org/net@v1/sub/weights.pth',
+        'timm://convnext_tiny.fb_in1k',
+        'timm://convnext_tiny',
+    ],
+)
 def test_hub(source, hub_server, weights):
     if source == 'timm://convnext_tiny':
         pytest.importorskip('timm')
@@ -550,12 +618,16 @@ def test_hub(source, hub_server, weights):
         assert load_checkpoint(source).keys() == weights.keys()
 
 
-@pytest.mark.parametrize('source, reason', [
-    ('hf://org/empty', 'has none of'), ('hf://org/none', 'no such repository'),
-    ('hf://org/gated', 'accept its terms'),
-    ('hf://org/net/model.safetensors', 'has none of'),
-    ('hf://org/elsewhere', 'failed|reached|no such')
-])
+@pytest.mark.parametrize(
+    'source, reason',
+    [
+        ('hf://org/empty', 'has none of'),
+        ('hf://org/none', 'no such repository'),
+        ('hf://org/gated', 'accept its terms'),
+        ('hf://org/net/model.safetensors', 'has none of'),
+        ('hf://org/elsewhere', 'failed|reached|no such'),
+    ],
+)
 def test_hub_errors(source, reason, hub_server):
     with pytest.raises(CheckpointDownloadError, match=reason):
         load_checkpoint(source)
@@ -582,22 +654,35 @@ for source in sys.argv[1:]:
 def run_two(script, folder, *args):
     (folder / 'worker.py').write_text(script)
     return subprocess.run(
-        [sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node=2',
-         '--rdzv-backend=c10d', '--rdzv-endpoint=127.0.0.1:0',
-         str(folder / 'worker.py'), *args],
-        capture_output=True, text=True, timeout=120,
-        cwd=Path(__file__).resolve().parents[2]).stdout
+        [
+            sys.executable,
+            '-m',
+            'torch.distributed.run',
+            '--nproc-per-node=2',
+            '--rdzv-backend=c10d',
+            '--rdzv-endpoint=127.0.0.1:0',
+            str(folder / 'worker.py'),
+            *args,
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=Path(__file__).resolve().parents[2],
+    ).stdout
 
 
 def test_one_process_downloads(server, content, weights, tmp_path):
     server.files['/model.pth'] = content
-    output = run_two(WORKER, tmp_path, f'{server.url}/missing.pth',
-                     f'{server.url}/model.pth')
+    output = run_two(
+        WORKER, tmp_path, f'{server.url}/missing.pth', f'{server.url}/model.pth'
+    )
     # Where the download fails nobody waits for it.
     assert output.count('CheckpointDownloadError') == 2
     assert output.count(f'loaded {len(weights)};') == 2
     assert [request[:2] for request in server.requests] == [
-        ('GET', '/missing.pth'), ('GET', '/model.pth')]
+        ('GET', '/missing.pth'),
+        ('GET', '/model.pth'),
+    ]
 
 
 # On one machine the first process fails, then of two machines the second.
@@ -625,9 +710,12 @@ for culprit in (0, 1):
 
 def test_every_failure_reaches_the_others(tmp_path):
     output = run_two(FAILING_WORKER, tmp_path, str(tmp_path))
-    text = ('CheckpointDownloadError: https://example.invalid/x.pth: '
-            'RuntimeError: broken')
+    text = (
+        'CheckpointDownloadError: https://example.invalid/x.pth: RuntimeError: broken'
+    )
     assert sorted(re.findall(r'\d \d \w+Error:[^;]*', output)) == [
-        '0 0 RuntimeError: broken', f'0 1 {text}', f'1 0 {text}',
-        '1 1 RuntimeError: broken'
+        '0 0 RuntimeError: broken',
+        f'0 1 {text}',
+        f'1 0 {text}',
+        '1 1 RuntimeError: broken',
     ]

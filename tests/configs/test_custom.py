@@ -1,8 +1,8 @@
 """configs/custom: every example is built, trained one step and run once."""
+
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,52 +14,48 @@ from mmengine.structures import PixelData
 
 from convnext_mm import ConvNeXt
 from convnext_mm.datasets import write_shapes
-from convnext_mm.launch import fit_to_device
+from convnext_mm.engine.launch import fit_to_device
+from repo import ROOT
 
 pytest.importorskip('mmdet')
 pytest.importorskip('mmseg')
-ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / 'configs' / 'custom'
 # The tiny's channels and those of the small arch that takes its place.
 CHANNELS = dict(zip((96, 192, 384, 768), (16, 24, 32, 40)))
 ARCH = dict(depths=(1, 1, 2, 1), channels=tuple(CHANNELS.values()))
-DETR = {
-    'encoder.num_layers': 1,
-    'decoder.num_layers': 2,
-    'num_queries': 20
-}
+DETR = {'encoder.num_layers': 1, 'decoder.num_layers': 2, 'num_queries': 20}
 MASK2FORMER = {
     'num_queries': 10,
     'pixel_decoder.encoder.num_layers': 1,
-    'transformer_decoder.num_layers': 1
+    'transformer_decoder.num_layers': 1,
 }
 # What makes the model small: settings below `model`.
 SMALL = {
     'atss_convnext-t_fpn_1x_coco.py': {},
     'deeplabv3plus_convnext-t-d16_4xb4-160k_ade20k-512x512.py': {
         'decode_head.channels': 64,
-        'auxiliary_head.channels': 32
+        'auxiliary_head.channels': 32,
     },
-    'dino-4scale_convnext-t_8xb2-12e_coco.py':
-    DETR,
+    'dino-4scale_convnext-t_8xb2-12e_coco.py': DETR,
     'faster-rcnn_convnext-t_fpn_1x_coco.py': {},
     'fcos_convnext-t_fpn_gn-head_1x_coco.py': {},
     'fpn_convnext-t_4xb4-160k_ade20k-512x512.py': {},
-    'mask2former_convnext-t_8xb2-160k_ade20k-512x512.py':
-    {f'decode_head.{k}': v
-     for k, v in MASK2FORMER.items()},
+    'mask2former_convnext-t_8xb2-160k_ade20k-512x512.py': {
+        f'decode_head.{k}': v for k, v in MASK2FORMER.items()
+    },
     'mask2former_convnext-t_8xb2-lsj-50e_coco.py': {
         'data_preprocessor.batch_augments': None,
         'test_cfg.max_per_image': 10,
-        **{f'panoptic_head.{k}': v
-           for k, v in MASK2FORMER.items()}
+        **{f'panoptic_head.{k}': v for k, v in MASK2FORMER.items()},
     },
     'ms-rcnn_convnext-t_fpn_1x_coco.py': {},
     'retinanet_convnext-t_fpn_1x_coco.py': {},
     'segformer_convnext-t_8xb2-160k_ade20k-512x512.py': {},
 }
-OWN_DATA = ('own-coco-data_mask-rcnn_convnext-t.py',
-            'own-mask-folder_upernet_convnext-t.py')
+OWN_DATA = (
+    'own-coco-data_mask-rcnn_convnext-t.py',
+    'own-mask-folder_upernet_convnext-t.py',
+)
 
 
 def swap_channels(node):
@@ -96,13 +92,15 @@ def build(cfg):
 
 
 def inputs_for(cfg):
-    """A batch of two 128-pixel images with annotations, as a loader gives it.
-    """
+    """Two 128-pixel images with annotations, as a loader gives them."""
     if cfg.default_scope == 'mmdet':
         from mmdet.testing import demo_mm_inputs
+
         return demo_mm_inputs(
-            2, [(3, 128, 128)] * 2, [3, 2], num_classes=80, with_mask=True)
+            2, [(3, 128, 128)] * 2, [3, 2], num_classes=80, with_mask=True
+        )
     from mmseg.structures import SegDataSample
+
     generator = torch.Generator().manual_seed(0)
     samples = []
     for _ in range(2):
@@ -111,12 +109,12 @@ def inputs_for(cfg):
             SegDataSample(
                 gt_sem_seg=PixelData(data=labels),
                 metainfo=dict(
-                    img_shape=(128, 128),
-                    ori_shape=(128, 128),
-                    pad_shape=(128, 128))))
+                    img_shape=(128, 128), ori_shape=(128, 128), pad_shape=(128, 128)
+                ),
+            )
+        )
     images = [
-        torch.randint(
-            0, 255, (3, 128, 128), dtype=torch.uint8, generator=generator)
+        torch.randint(0, 255, (3, 128, 128), dtype=torch.uint8, generator=generator)
         for _ in range(2)
     ]
     return dict(inputs=images, data_samples=samples)
@@ -134,7 +132,8 @@ def train_and_run(cfg):
     # Every parameter of the backbone got a gradient: DDP needs that.
     state = optim_wrapper.optimizer.state
     unused = [
-        n for n, p in model.backbone.named_parameters()
+        n
+        for n, p in model.backbone.named_parameters()
         if not state[p].get('exp_avg', torch.zeros(1)).any()
     ]
     assert not unused
@@ -158,8 +157,8 @@ def test_example(name):
 
 def test_deeplab_at_8():
     cfg = load_small(
-        'deeplabv3plus_convnext-t-d16_4xb4-160k_ade20k-512x512.py',
-        output_stride=8)
+        'deeplabv3plus_convnext-t-d16_4xb4-160k_ade20k-512x512.py', output_stride=8
+    )
     cfg.model.decode_head.dilations = (1, 12, 24, 36)
     train_and_run(cfg)
 
@@ -173,52 +172,72 @@ def shapes(tmp_path_factory):
     for ours, split in (('train', 'training'), ('val', 'validation')):
         shutil.copytree(drawn / 'images' / split, out / ours)
         shutil.copytree(drawn / 'images' / split, out / 'images' / ours)
-        shutil.copytree(drawn / 'annotations' / split,
-                        out / 'annotations' / ours)
-        shutil.copy(drawn / 'annotations' / f'instances_{split}.json',
-                    out / f'{ours}.json')
+        shutil.copytree(drawn / 'annotations' / split, out / 'annotations' / ours)
+        shutil.copy(
+            drawn / 'annotations' / f'instances_{split}.json', out / f'{ours}.json'
+        )
     return out
 
 
-QUICK = ('env_cfg.mp_cfg.mp_start_method=fork',
-         'train_dataloader.num_workers=0', 'val_dataloader.num_workers=0',
-         'train_dataloader.persistent_workers=False',
-         'val_dataloader.persistent_workers=False',
-         'test_dataloader.num_workers=0',
-         'test_dataloader.persistent_workers=False',
-         'model.backbone.init_cfg=None', 'model.backbone.arch=atto')
+QUICK = (
+    'env_cfg.mp_cfg.mp_start_method=fork',
+    'train_dataloader.num_workers=0',
+    'val_dataloader.num_workers=0',
+    'train_dataloader.persistent_workers=False',
+    'val_dataloader.persistent_workers=False',
+    'test_dataloader.num_workers=0',
+    'test_dataloader.persistent_workers=False',
+    'model.backbone.init_cfg=None',
+    'model.backbone.arch=atto',
+)
 OWN_DATA_OPTIONS = {
-    OWN_DATA[0]: ('model.neck.in_channels=[40,80,160,320]', 'max_epochs=1',
-                  'train_cfg.max_epochs=1', 'train_dataloader.batch_size=3',
-                  'train_dataloader.dataset.pipeline.3.transforms.0.0.scales='
-                  '[(64,128)]', 'train_dataloader.dataset.pipeline.3.'
-                  'transforms.1.0.scales=[(96,128)]',
-                  'train_dataloader.dataset.pipeline.3.transforms.1.1.'
-                  'crop_size=(48,64)', 'train_dataloader.dataset.pipeline.3.'
-                  'transforms.1.2.scales=[(64,128)]',
-                  'val_dataloader.dataset.pipeline.1.scale=(96,96)'),
-    OWN_DATA[1]:
-    ('img_suffix=.png', 'train_dataloader.dataset.img_suffix=.png',
-     'val_dataloader.dataset.img_suffix=.png',
-     'model.decode_head.in_channels=[40,80,160,320]',
-     'model.decode_head.channels=16', 'model.auxiliary_head.in_channels=160',
-     'model.auxiliary_head.channels=16', 'train_cfg.max_iters=2',
-     'train_cfg.val_interval=2', 'default_hooks.checkpoint.interval=2',
-     'model.data_preprocessor.size=(64,64)',
-     'train_dataloader.dataset.pipeline.2.scale=(96,96)',
-     'train_dataloader.dataset.pipeline.3.crop_size=(64,64)',
-     'val_dataloader.dataset.pipeline.1.scale=(96,96)'),
+    OWN_DATA[0]: (
+        'model.neck.in_channels=[40,80,160,320]',
+        'max_epochs=1',
+        'train_cfg.max_epochs=1',
+        'train_dataloader.batch_size=3',
+        'train_dataloader.dataset.pipeline.3.transforms.0.0.scales=[(64,128)]',
+        'train_dataloader.dataset.pipeline.3.transforms.1.0.scales=[(96,128)]',
+        'train_dataloader.dataset.pipeline.3.transforms.1.1.crop_size=(48,64)',
+        'train_dataloader.dataset.pipeline.3.transforms.1.2.scales=[(64,128)]',
+        'val_dataloader.dataset.pipeline.1.scale=(96,96)',
+    ),
+    OWN_DATA[1]: (
+        'img_suffix=.png',
+        'train_dataloader.dataset.img_suffix=.png',
+        'val_dataloader.dataset.img_suffix=.png',
+        'model.decode_head.in_channels=[40,80,160,320]',
+        'model.decode_head.channels=16',
+        'model.auxiliary_head.in_channels=160',
+        'model.auxiliary_head.channels=16',
+        'train_cfg.max_iters=2',
+        'train_cfg.val_interval=2',
+        'default_hooks.checkpoint.interval=2',
+        'model.data_preprocessor.size=(64,64)',
+        'train_dataloader.dataset.pipeline.2.scale=(96,96)',
+        'train_dataloader.dataset.pipeline.3.crop_size=(64,64)',
+        'val_dataloader.dataset.pipeline.1.scale=(96,96)',
+    ),
 }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('name', OWN_DATA)
 def test_own_data(name, shapes, tmp_path):
-    subprocess.run([
-        sys.executable, 'tools/train.py', f'configs/custom/{name}',
-        '--data-root', shapes, '--work-dir', tmp_path, '--cfg-options', *QUICK,
-        *OWN_DATA_OPTIONS[name]
-    ],
-                   cwd=ROOT,
-                   check=True)
+    subprocess.run(
+        [
+            sys.executable,
+            'tools/train.py',
+            f'configs/custom/{name}',
+            '--data-root',
+            shapes,
+            '--work-dir',
+            tmp_path,
+            '--cfg-options',
+            *QUICK,
+            *OWN_DATA_OPTIONS[name],
+        ],
+        cwd=ROOT,
+        check=True,
+    )
     assert list(tmp_path.glob('best_*.pth'))

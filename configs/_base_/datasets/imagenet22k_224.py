@@ -9,7 +9,9 @@ train_dataloader = dict(
         type='ImageNet21k',
         data_root=data_root,
         split='train',
-        pipeline=_base_.train_pipeline))
+        pipeline=_base_.train_pipeline,
+    )
+)
 val_dataloader = None
 val_evaluator = None
 test_dataloader = None

@@ -4,21 +4,29 @@ data_root = 'data/shapes/'
 data_help = 'Draw it with: python -m convnext_mm.datasets data/shapes'
 metainfo = dict(
     classes=('background', 'circle', 'triangle', 'square', 'star', 'cross'),
-    palette=[[0, 0, 0], [230, 60, 60], [60, 180, 75], [0, 110, 220],
-             [255, 200, 0], [200, 60, 220]])
+    palette=[
+        [0, 0, 0],
+        [230, 60, 60],
+        [60, 180, 75],
+        [0, 110, 220],
+        [255, 200, 0],
+        [200, 60, 220],
+    ],
+)
 train_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='LoadAnnotations'),
     dict(
         type='RandomFlip',
         prob=[0.3, 0.3, 0.2],
-        direction=['horizontal', 'vertical', 'diagonal']),
-    dict(type='PackSegInputs')
+        direction=['horizontal', 'vertical', 'diagonal'],
+    ),
+    dict(type='PackSegInputs'),
 ]
 test_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='LoadAnnotations'),
-    dict(type='PackSegInputs')
+    dict(type='PackSegInputs'),
 ]
 train_dataloader = dict(
     batch_size=4,
@@ -31,8 +39,11 @@ train_dataloader = dict(
         metainfo=metainfo,
         img_suffix='.png',
         data_prefix=dict(
-            img_path='images/training/', seg_map_path='annotations/training/'),
-        pipeline=train_pipeline))
+            img_path='images/training/', seg_map_path='annotations/training/'
+        ),
+        pipeline=train_pipeline,
+    ),
+)
 val_dataloader = dict(
     batch_size=4,
     num_workers=1,
@@ -45,10 +56,12 @@ val_dataloader = dict(
         metainfo=metainfo,
         img_suffix='.png',
         data_prefix=dict(
-            img_path='images/validation/',
-            seg_map_path='annotations/validation/'),
+            img_path='images/validation/', seg_map_path='annotations/validation/'
+        ),
         test_mode=True,
-        pipeline=test_pipeline))
+        pipeline=test_pipeline,
+    ),
+)
 test_dataloader = val_dataloader
 val_evaluator = dict(type='IoUMetric', iou_metrics=['mIoU'])
 test_evaluator = val_evaluator

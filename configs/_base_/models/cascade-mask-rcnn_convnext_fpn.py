@@ -11,7 +11,8 @@ model = dict(
         type='convnext_mm.ConvNeXt',
         arch='tiny',
         layer_scale_init_value=1.0,
-        out_layout='channels_last'),
+        out_layout='channels_last',
+    ),
     neck=dict(in_channels=[96, 192, 384, 768]),
     roi_head=dict(
         # Take maps in any layout and dtype, which mmcv's RoIAlign does not.
@@ -24,14 +25,17 @@ model = dict(
                 norm_cfg=dict(type='SyncBN', requires_grad=True),
                 bbox_coder=dict(
                     type='DeltaXYWHBBoxCoder',
-                    target_means=[0., 0., 0., 0.],
-                    target_stds=[centre, centre, size, size]),
+                    target_means=[0.0, 0.0, 0.0, 0.0],
+                    target_stds=[centre, centre, size, size],
+                ),
                 reg_class_agnostic=False,
                 reg_decoded_bbox=True,
                 loss_cls=dict(
-                    type='CrossEntropyLoss',
-                    use_sigmoid=False,
-                    loss_weight=1.0),
-                loss_bbox=dict(type='GIoULoss', loss_weight=10.0))
+                    type='CrossEntropyLoss', use_sigmoid=False, loss_weight=1.0
+                ),
+                loss_bbox=dict(type='GIoULoss', loss_weight=10.0),
+            )
             for centre, size in ((0.1, 0.2), (0.05, 0.1), (0.033, 0.067))
-        ]))
+        ],
+    ),
+)

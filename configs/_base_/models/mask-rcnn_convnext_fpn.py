@@ -9,9 +9,12 @@ model = dict(
         type='convnext_mm.ConvNeXt',
         arch='tiny',
         layer_scale_init_value=1.0,
-        out_layout='channels_last'),
+        out_layout='channels_last',
+    ),
     neck=dict(in_channels=[96, 192, 384, 768]),
     # Takes maps in any layout and dtype, which mmcv's RoIAlign does not.
     roi_head=dict(
         bbox_roi_extractor=dict(type='convnext_mm.SingleRoIExtractor'),
-        mask_roi_extractor=dict(type='convnext_mm.SingleRoIExtractor')))
+        mask_roi_extractor=dict(type='convnext_mm.SingleRoIExtractor'),
+    ),
+)

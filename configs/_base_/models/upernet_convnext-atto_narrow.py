@@ -13,9 +13,9 @@ model = dict(
             type='Kaiming',
             layer=['Conv2d', 'Linear'],
             mode='fan_in',
-            nonlinearity='linear')),
-    decode_head=dict(
-        in_channels=[40, 80, 160, 320],
-        channels=64,
-        norm_cfg=norm_cfg),
-    auxiliary_head=dict(in_channels=160, channels=64, norm_cfg=norm_cfg))
+            nonlinearity='linear',
+        ),
+    ),
+    decode_head=dict(in_channels=[40, 80, 160, 320], channels=64, norm_cfg=norm_cfg),
+    auxiliary_head=dict(in_channels=160, channels=64, norm_cfg=norm_cfg),
+)

@@ -12,24 +12,22 @@ optim_wrapper = dict(
     constructor='convnext_mm.LayerDecayOptimWrapperConstructor',
     # fused: the same update in one pass over the weights.
     optimizer=dict(
-        type='AdamW',
-        lr=1e-4,
-        betas=(0.9, 0.999),
-        weight_decay=0.05,
-        fused=True),
-    paramwise_cfg=dict(decay_type='layer_wise', decay_rate=0.7, num_layers=6))
+        type='AdamW', lr=1e-4, betas=(0.9, 0.999), weight_decay=0.05, fused=True
+    ),
+    paramwise_cfg=dict(decay_type='layer_wise', decay_rate=0.7, num_layers=6),
+)
 
 param_scheduler = [
     # 500 iterations of warm-up: end is 501 because MMEngine reaches the full
     # learning rate one iteration before `end`, the published runs at 500.
-    dict(
-        type='LinearLR', start_factor=0.001, by_epoch=False, begin=0, end=501),
+    dict(type='LinearLR', start_factor=0.001, by_epoch=False, begin=0, end=501),
     dict(
         type='MultiStepLR',
         by_epoch=True,
         begin=0,
         end=36,
         milestones=[27, 33],
-        gamma=0.1)
+        gamma=0.1,
+    ),
 ]
 auto_scale_lr = dict(enable=False, base_batch_size=16)

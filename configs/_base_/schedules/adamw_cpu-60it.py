@@ -9,13 +9,11 @@ optim_wrapper = dict(
     constructor='convnext_mm.LayerDecayOptimWrapperConstructor',
     # fused: the same update in one pass over the weights.
     optimizer=dict(
-        type='AdamW',
-        lr=1e-3,
-        betas=(0.9, 0.999),
-        weight_decay=0.05,
-        fused=True),
+        type='AdamW', lr=1e-3, betas=(0.9, 0.999), weight_decay=0.05, fused=True
+    ),
     paramwise_cfg=dict(decay_rate=1.0),
-    clip_grad=dict(max_norm=10))
+    clip_grad=dict(max_norm=10),
+)
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=20)
 ]

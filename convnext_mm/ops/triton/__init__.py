@@ -1,8 +1,8 @@
 """Fused GPU kernels. Importing this imports no Triton, which not every PyTorch
 has: its functions import :mod:`.operators` when they are called."""
+
 import functools
 import importlib.util
-from typing import Optional
 
 import torch
 from mmengine.logging import print_log
@@ -18,42 +18,49 @@ LARGEST_MAP = 2**31 // 4
 MIN_CAPABILITY = (8, 0)  # the oldest that the kernels are compiled for in tests
 
 
-def why_not(x: Tensor) -> Optional[str]:
+def why_not(x: Tensor) -> str | None:
     """Why the kernels cannot run on ``x``, or None if they can."""
     for dtype in (x.dtype, compute_dtype(x)):
         if dtype not in DTYPES:
             return f'they compute in {_names(DTYPES)}, and the input is {dtype}'
     values = x.shape[1:].numel()
     if values >= LARGEST_MAP:
-        return (f'a sample of the input has {values} values, and they take '
-                f'less than {LARGEST_MAP}')
+        return (
+            f'a sample of the input has {values} values, and they take '
+            f'less than {LARGEST_MAP}'
+        )
     return _device_reason(str(x.device))
 
 
 @torch.compiler.assume_constant_result
-def _device_reason(device: str) -> Optional[str]:
+def _device_reason(device: str) -> str | None:
     if not _has_triton():
         return f'Triton {MIN_TRITON} or above is missing: pip install triton'
     kind = torch.device(device).type
     if kind == 'cpu' and _interpreted():
         return None
     if kind != 'cuda' or torch.version.hip:
-        return ('they need an NVIDIA GPU, and the input is on '
-                f'{"an AMD GPU" if kind == "cuda" else kind} (on a CPU '
-                'TRITON_INTERPRET=1 runs them, slowly, for debugging)')
+        return (
+            'they need an NVIDIA GPU, and the input is on '
+            f'{"an AMD GPU" if kind == "cuda" else kind} (on a CPU '
+            'TRITON_INTERPRET=1 runs them, slowly, for debugging)'
+        )
     capability = torch.cuda.get_device_capability(device)
     if capability < MIN_CAPABILITY:
-        return ('they need a GPU of compute capability '
-                f'{".".join(map(str, MIN_CAPABILITY))} or above, this one has '
-                f'{".".join(map(str, capability))}')
+        return (
+            'they need a GPU of compute capability '
+            f'{".".join(map(str, MIN_CAPABILITY))} or above, this one has '
+            f'{".".join(map(str, capability))}'
+        )
     return None
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _has_triton() -> bool:
     if importlib.util.find_spec('triton') is None:
         return False
     import triton
+
     found = tuple(map(int, triton.__version__.split('.')[:2]))
     return found >= tuple(map(int, MIN_TRITON.split('.')))
 
@@ -64,6 +71,7 @@ def _names(dtypes) -> str:
 
 def _interpreted() -> bool:
     import triton
+
     return triton.knobs.runtime.interpret
 
 
@@ -78,19 +86,24 @@ def works_on(device: str) -> bool:
     return _works_on(device)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _works_on(device: str) -> bool:
     try:
         # Hooks of a checkpoint around this must not see its tensors.
-        with torch.inference_mode(False), torch.enable_grad(), \
-                torch.autograd.graph.saved_tensors_hooks(
-                    lambda t: t, lambda t: t):
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t),
+        ):
             for dtype in (torch.float32, torch.bfloat16):
                 _check(device, dtype)
     except Exception as error:  # whatever a compiler or driver may raise
         print_log(
             f'the Triton kernels do not work on {device}, plain PyTorch runs '
-            f'instead: {type(error).__name__}: {error}', 'current', 30)
+            f'instead: {type(error).__name__}: {error}',
+            'current',
+            30,
+        )
         return False
     return True
 
@@ -98,14 +111,27 @@ def _works_on(device: str) -> bool:
 def _check(device: str, dtype: torch.dtype) -> None:
     """Raises ArithmeticError where outputs or gradients are off."""
     from . import launch, operators
+
     generator = torch.Generator().manual_seed(0)
     c, m = 24, 96
-    shapes = ((2, c, 9, 11), (c, 1, 7, 7), (c, ), (c, ), (c, ), (m, c), (m, ),
-              (c, m), (c, ), (c, ))
+    shapes = (
+        (2, c, 9, 11),
+        (c, 1, 7, 7),
+        (c,),
+        (c,),
+        (c,),
+        (m, c),
+        (m,),
+        (c, m),
+        (c,),
+        (c,),
+    )
     # Whatever the user's default device and dtype are.
     values = [
-        torch.randn(s, generator=generator, device='cpu',
-                    dtype=torch.float32).to(device) for s in shapes
+        torch.randn(s, generator=generator, device='cpu', dtype=torch.float32).to(
+            device
+        )
+        for s in shapes
     ]
     values[0] = values[0].contiguous(memory_format=torch.channels_last)
     results = []
@@ -114,9 +140,10 @@ def _check(device: str, dtype: torch.dtype) -> None:
         for function in (eager.block, operators.block):
             inputs = [v.clone().requires_grad_() for v in values]
             with torch.autocast(
-                    torch.device(device).type,
-                    dtype=torch.bfloat16,
-                    enabled=dtype == torch.bfloat16):
+                torch.device(device).type,
+                dtype=torch.bfloat16,
+                enabled=dtype == torch.bfloat16,
+            ):
                 out = function(*inputs)
             grads = torch.autograd.grad(out.float().square().mean(), inputs)
             results.append((out, *grads))
@@ -135,16 +162,19 @@ def _check(device: str, dtype: torch.dtype) -> None:
 def block(*args, **kwargs) -> Tensor:
     """:func:`convnext_mm.ops.eager.block`, fused."""
     from . import operators
+
     return operators.block(*args, **kwargs)
 
 
 def downsample(*args, **kwargs) -> Tensor:
     """:func:`convnext_mm.ops.eager.downsample`, fused."""
     from . import operators
+
     return operators.downsample(*args, **kwargs)
 
 
 def norm(*args, **kwargs) -> Tensor:
     """:func:`convnext_mm.ops.eager.norm`, fused."""
     from . import operators
+
     return operators.norm(*args, **kwargs)

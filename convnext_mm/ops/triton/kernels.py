@@ -11,6 +11,7 @@ Sizes of maps change from step to step in multi-scale training: they must not
 become part of a compiled kernel, so the kernels that take them name them in
 ``do_not_specialize``.
 """
+
 import inspect
 
 import triton
@@ -24,9 +25,9 @@ def jit(function):
     return triton.jit(
         function,
         do_not_specialize=[
-            name for name in inspect.signature(function).parameters
-            if name in SIZES
-        ])
+            name for name in inspect.signature(function).parameters if name in SIZES
+        ],
+    )
 
 
 @triton.jit
@@ -40,7 +41,7 @@ def _gelu_and_slope(x):
     cdf = 0.5 * (1 + tl.erf(x * 0.7071067811865476))
     density = 0.3989422804014327 * tl.exp(-0.5 * x * x)
     # At infinity the derivative is 1 or 0, not infinity times 0.
-    slope = tl.where(tl.abs(x) < 20., cdf + x * density, cdf)
+    slope = tl.where(tl.abs(x) < 20.0, cdf + x * density, cdf)
     return x * cdf, slope
 
 
@@ -56,18 +57,32 @@ def _offset(pixel, channel, pixels, channels, CHANNELS_LAST: tl.constexpr):
 def _mean_and_rstd(x, channel_ok, channels, eps):
     """Of the rows of (R, C) in registers; columns beyond C are 0."""
     mean = tl.sum(x, 1) / channels
-    centred = tl.where(channel_ok[None, :], x - mean[:, None], 0.)
+    centred = tl.where(channel_ok[None, :], x - mean[:, None], 0.0)
     rstd = 1 / tl.sqrt(tl.sum(centred * centred, 1) / channels + eps)
     return mean, rstd
 
 
 @jit
-def depthwise_kernel(x_ptr, weight_ptr, bias_ptr, residual_ptr, norm_weight_ptr,
-                     norm_bias_ptr, out_ptr, normed_ptr, height, width,
-                     channels, eps, KERNEL: tl.constexpr,
-                     DILATION: tl.constexpr, FLIP: tl.constexpr,
-                     TILE_H: tl.constexpr, TILE_W: tl.constexpr,
-                     BLOCK_C: tl.constexpr):
+def depthwise_kernel(
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    residual_ptr,
+    norm_weight_ptr,
+    norm_bias_ptr,
+    out_ptr,
+    normed_ptr,
+    height,
+    width,
+    channels,
+    eps,
+    KERNEL: tl.constexpr,
+    DILATION: tl.constexpr,
+    FLIP: tl.constexpr,
+    TILE_H: tl.constexpr,
+    TILE_W: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
     """Depthwise convolution of (N, H, W, C), stride 1, size kept; then its
     bias, a residual and LayerNorm, each where its pointer is not None.
 
@@ -95,18 +110,18 @@ def depthwise_kernel(x_ptr, weight_ptr, bias_ptr, residual_ptr, norm_weight_ptr,
     channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     channel_ok = channel < channels
 
-    accumulators = (tl.zeros((TILE_W, BLOCK_C), tl.float32), ) * TILE_H
+    accumulators = (tl.zeros((TILE_W, BLOCK_C), tl.float32),) * TILE_H
     # Not unrolled: that compiles ten times as long, into code too large for
     # the instruction caches.
     for j in range(KERNEL):
         weights = ()
         for i in tl.static_range(KERNEL):
-            tap = (i * KERNEL + j if not FLIP else
-                   KERNEL * KERNEL - 1 - (i * KERNEL + j))
-            weights = weights + (tl.load(
-                weight_ptr + tap * channels + channel,
-                channel_ok,
-                other=0.).to(tl.float32), )
+            tap = i * KERNEL + j if not FLIP else KERNEL * KERNEL - 1 - (i * KERNEL + j)
+            weights = weights + (
+                tl.load(
+                    weight_ptr + tap * channels + channel, channel_ok, other=0.0
+                ).to(tl.float32),
+            )
         source = column + (j - KERNEL // 2) * DILATION
         source_ok = (source >= 0) & (source < width) & (column < width)
         for r in tl.static_range(KERNEL + TILE_H - 1):
@@ -116,25 +131,28 @@ def depthwise_kernel(x_ptr, weight_ptr, bias_ptr, residual_ptr, norm_weight_ptr,
                 x_ptr + base + pixel[:, None] * channels + channel[None, :],
                 ((row >= 0) & (row < height) & source_ok)[:, None]
                 & channel_ok[None, :],
-                other=0.).to(tl.float32)
+                other=0.0,
+            ).to(tl.float32)
             updated = ()
             for o in tl.static_range(TILE_H):
                 if r - o >= 0 and r - o < KERNEL:
                     updated = updated + (
-                        accumulators[o] + values * weights[r - o][None, :], )
+                        accumulators[o] + values * weights[r - o][None, :],
+                    )
                 else:
-                    updated = updated + (accumulators[o], )
+                    updated = updated + (accumulators[o],)
             accumulators = updated
 
-    bias = tl.zeros((BLOCK_C, ), tl.float32)
+    bias = tl.zeros((BLOCK_C,), tl.float32)
     if bias_ptr is not None:
-        bias = tl.load(
-            bias_ptr + channel, channel_ok, other=0.).to(tl.float32)
+        bias = tl.load(bias_ptr + channel, channel_ok, other=0.0).to(tl.float32)
     if normed_ptr is not None:
-        norm_weight = tl.load(
-            norm_weight_ptr + channel, channel_ok, other=0.).to(tl.float32)
-        norm_bias = tl.load(
-            norm_bias_ptr + channel, channel_ok, other=0.).to(tl.float32)
+        norm_weight = tl.load(norm_weight_ptr + channel, channel_ok, other=0.0).to(
+            tl.float32
+        )
+        norm_bias = tl.load(norm_bias_ptr + channel, channel_ok, other=0.0).to(
+            tl.float32
+        )
     for o in tl.static_range(TILE_H):
         row = top + o * DILATION
         pixel = row * width + column
@@ -142,7 +160,7 @@ def depthwise_kernel(x_ptr, weight_ptr, bias_ptr, residual_ptr, norm_weight_ptr,
         ok = ((row < height) & (column < width))[:, None] & channel_ok[None, :]
         result = accumulators[o] + bias[None, :]
         if residual_ptr is not None:
-            result += tl.load(residual_ptr + base + offset, ok, other=0.)
+            result += tl.load(residual_ptr + base + offset, ok, other=0.0)
         if out_ptr is not None:
             result = result.to(out_ptr.dtype.element_ty)
             tl.store(out_ptr + base + offset, result, ok)
@@ -150,17 +168,29 @@ def depthwise_kernel(x_ptr, weight_ptr, bias_ptr, residual_ptr, norm_weight_ptr,
             # Of the rounded map: backward has no other.
             result = result.to(normed_ptr.dtype.element_ty).to(tl.float32)
             mean, rstd = _mean_and_rstd(result, channel_ok, channels, eps)
-            result = ((result - mean[:, None]) * rstd[:, None] *
-                      norm_weight[None, :] + norm_bias[None, :])
-            tl.store(normed_ptr + base + offset,
-                     result.to(normed_ptr.dtype.element_ty), ok)
+            result = (result - mean[:, None]) * rstd[:, None] * norm_weight[
+                None, :
+            ] + norm_bias[None, :]
+            tl.store(
+                normed_ptr + base + offset, result.to(normed_ptr.dtype.element_ty), ok
+            )
 
 
 @jit
-def depthwise_weight_grad_kernel(x_ptr, grad_ptr, out_ptr, bias_out_ptr,
-                                 height, width, rows, channels,
-                                 KERNEL: tl.constexpr, DILATION: tl.constexpr,
-                                 TILE_W: tl.constexpr, BLOCK_C: tl.constexpr):
+def depthwise_weight_grad_kernel(
+    x_ptr,
+    grad_ptr,
+    out_ptr,
+    bias_out_ptr,
+    height,
+    width,
+    rows,
+    channels,
+    KERNEL: tl.constexpr,
+    DILATION: tl.constexpr,
+    TILE_W: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
     """Partial gradients of the depthwise weight and bias.
 
     A program sums one row of the kernel over a share of the N * H map rows.
@@ -178,7 +208,7 @@ def depthwise_weight_grad_kernel(x_ptr, grad_ptr, out_ptr, bias_out_ptr,
     per_share = tl.cdiv(rows, tl.num_programs(2))
     column = tl.arange(0, TILE_W)
 
-    sums = (tl.zeros((TILE_W, BLOCK_C), tl.float32), ) * KERNEL
+    sums = (tl.zeros((TILE_W, BLOCK_C), tl.float32),) * KERNEL
     bias_sum = tl.zeros((TILE_W, BLOCK_C), tl.float32)
     end = tl.minimum((share + 1) * per_share, rows)
     wide = width.to(tl.int64)
@@ -192,37 +222,50 @@ def depthwise_weight_grad_kernel(x_ptr, grad_ptr, out_ptr, bias_out_ptr,
             inside = left + column < width
             pixel = left + column
             grad = tl.load(
-                grad_ptr + start + pixel[:, None] * channels +
-                channel[None, :],
+                grad_ptr + start + pixel[:, None] * channels + channel[None, :],
                 inside[:, None] & channel_ok[None, :],
-                other=0.).to(tl.float32)
+                other=0.0,
+            ).to(tl.float32)
             bias_sum += grad
             updated = ()
             for j in tl.static_range(KERNEL):
                 source = left + column + (j - KERNEL // 2) * DILATION
-                ok = (row_ok & inside & (source >= 0) & (source < width))
+                ok = row_ok & inside & (source >= 0) & (source < width)
                 values = tl.load(
-                    x_ptr + source_start + source[:, None] * channels +
-                    channel[None, :],
+                    x_ptr
+                    + source_start
+                    + source[:, None] * channels
+                    + channel[None, :],
                     ok[:, None] & channel_ok[None, :],
-                    other=0.).to(tl.float32)
+                    other=0.0,
+                ).to(tl.float32)
                 # Not 0 * gradient: that may be infinite.
                 updated = updated + (
-                    sums[j] + tl.where(ok[:, None], values * grad, 0.), )
+                    sums[j] + tl.where(ok[:, None], values * grad, 0.0),
+                )
             sums = updated
     for j in tl.static_range(KERNEL):
         tap = (share * KERNEL + i) * KERNEL + j
-        tl.store(out_ptr + tap * channels + channel, tl.sum(sums[j], 0),
-                 channel_ok)
+        tl.store(out_ptr + tap * channels + channel, tl.sum(sums[j], 0), channel_ok)
     if i == 0:
-        tl.store(bias_out_ptr + share * channels + channel,
-                 tl.sum(bias_sum, 0), channel_ok)
+        tl.store(
+            bias_out_ptr + share * channels + channel, tl.sum(bias_sum, 0), channel_ok
+        )
 
 
 @jit
-def layer_norm_kernel(x_ptr, weight_ptr, bias_ptr, out_ptr, pixels, channels,
-                      eps, OUT_LAST: tl.constexpr, BLOCK_R: tl.constexpr,
-                      BLOCK_C: tl.constexpr):
+def layer_norm_kernel(
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    out_ptr,
+    pixels,
+    channels,
+    eps,
+    OUT_LAST: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
     """LayerNorm over the channels of (N, P, C), into (N, P, C) or, without
     OUT_LAST, (N, C, P)."""
     base = tl.program_id(1).to(tl.int64) * pixels * channels
@@ -231,25 +274,37 @@ def layer_norm_kernel(x_ptr, weight_ptr, bias_ptr, out_ptr, pixels, channels,
     channel_ok = channel < channels
     ok = (pixel < pixels)[:, None] & channel_ok[None, :]
     x = tl.load(
-        x_ptr + base + _offset(pixel, channel, pixels, channels, True),
-        ok,
-        other=0.).to(tl.float32)
-    weight = tl.load(weight_ptr + channel, channel_ok, other=0.).to(tl.float32)
-    bias = tl.load(bias_ptr + channel, channel_ok, other=0.).to(tl.float32)
+        x_ptr + base + _offset(pixel, channel, pixels, channels, True), ok, other=0.0
+    ).to(tl.float32)
+    weight = tl.load(weight_ptr + channel, channel_ok, other=0.0).to(tl.float32)
+    bias = tl.load(bias_ptr + channel, channel_ok, other=0.0).to(tl.float32)
     mean, rstd = _mean_and_rstd(x, channel_ok, channels, eps)
-    out = ((x - mean[:, None]) * rstd[:, None] * weight[None, :] +
-           bias[None, :])
+    out = (x - mean[:, None]) * rstd[:, None] * weight[None, :] + bias[None, :]
     tl.store(
         out_ptr + base + _offset(pixel, channel, pixels, channels, OUT_LAST),
-        out.to(out_ptr.dtype.element_ty), ok)
+        out.to(out_ptr.dtype.element_ty),
+        ok,
+    )
 
 
 @jit
-def layer_norm_backward_kernel(grad_ptr, x_ptr, weight_ptr, bias_ptr, out_ptr,
-                               normed_ptr, weight_out_ptr, bias_out_ptr,
-                               samples, pixels, channels, eps,
-                               GRAD_LAST: tl.constexpr, BLOCK_R: tl.constexpr,
-                               BLOCK_C: tl.constexpr):
+def layer_norm_backward_kernel(
+    grad_ptr,
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    out_ptr,
+    normed_ptr,
+    weight_out_ptr,
+    bias_out_ptr,
+    samples,
+    pixels,
+    channels,
+    eps,
+    GRAD_LAST: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
     """Gradients of LayerNorm's input and, as one part for each program, of its
     weight and bias. Statistics are computed anew from the input.
 
@@ -264,7 +319,7 @@ def layer_norm_backward_kernel(grad_ptr, x_ptr, weight_ptr, bias_ptr, out_ptr,
     program = tl.program_id(0)
     channel = tl.arange(0, BLOCK_C)
     channel_ok = channel < channels
-    weight = tl.load(weight_ptr + channel, channel_ok, other=0.).to(tl.float32)
+    weight = tl.load(weight_ptr + channel, channel_ok, other=0.0).to(tl.float32)
     weight_sum = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
     bias_sum = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
     blocks = tl.cdiv(pixels, BLOCK_R)
@@ -274,37 +329,46 @@ def layer_norm_backward_kernel(grad_ptr, x_ptr, weight_ptr, bias_ptr, out_ptr,
         pixel = (block % blocks) * BLOCK_R + tl.arange(0, BLOCK_R)
         offset = _offset(pixel, channel, pixels, channels, True)
         ok = (pixel < pixels)[:, None] & channel_ok[None, :]
-        x = tl.load(x_ptr + base + offset, ok, other=0.).to(tl.float32)
+        x = tl.load(x_ptr + base + offset, ok, other=0.0).to(tl.float32)
         grad = tl.load(
-            grad_ptr + base +
-            _offset(pixel, channel, pixels, channels, GRAD_LAST),
+            grad_ptr + base + _offset(pixel, channel, pixels, channels, GRAD_LAST),
             ok,
-            other=0.).to(tl.float32)
+            other=0.0,
+        ).to(tl.float32)
         mean, rstd = _mean_and_rstd(x, channel_ok, channels, eps)
-        unit = tl.where(ok, (x - mean[:, None]) * rstd[:, None], 0.)
+        unit = tl.where(ok, (x - mean[:, None]) * rstd[:, None], 0.0)
         weight_sum += grad * unit
         bias_sum += grad
         if normed_ptr is not None:
-            bias = tl.load(
-                bias_ptr + channel, channel_ok, other=0.).to(tl.float32)
+            bias = tl.load(bias_ptr + channel, channel_ok, other=0.0).to(tl.float32)
             normed = unit * weight[None, :] + bias[None, :]
-            tl.store(normed_ptr + base + offset,
-                     normed.to(normed_ptr.dtype.element_ty), ok)
+            tl.store(
+                normed_ptr + base + offset, normed.to(normed_ptr.dtype.element_ty), ok
+            )
         grad *= weight[None, :]
         along = tl.sum(grad * unit, 1) / channels
-        grad = (grad - tl.sum(grad, 1)[:, None] / channels -
-                unit * along[:, None]) * rstd[:, None]
-        tl.store(out_ptr + base + offset, grad.to(out_ptr.dtype.element_ty),
-                 ok)
-    tl.store(weight_out_ptr + program * channels + channel,
-             tl.sum(weight_sum, 0), channel_ok)
-    tl.store(bias_out_ptr + program * channels + channel,
-             tl.sum(bias_sum, 0), channel_ok)
+        grad = (
+            grad - tl.sum(grad, 1)[:, None] / channels - unit * along[:, None]
+        ) * rstd[:, None]
+        tl.store(out_ptr + base + offset, grad.to(out_ptr.dtype.element_ty), ok)
+    tl.store(
+        weight_out_ptr + program * channels + channel, tl.sum(weight_sum, 0), channel_ok
+    )
+    tl.store(
+        bias_out_ptr + program * channels + channel, tl.sum(bias_sum, 0), channel_ok
+    )
 
 
 @jit
-def gelu_scaled_kernel(x_ptr, scale_ptr, out_ptr, pixels, hidden,
-                       BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr):
+def gelu_scaled_kernel(
+    x_ptr,
+    scale_ptr,
+    out_ptr,
+    pixels,
+    hidden,
+    BLOCK_R: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
     """``gelu(x) * scale``: (N, P, M) and (N, M) to (N, P, M)."""
     sample = tl.program_id(2).to(tl.int64)
     pixel = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -313,15 +377,24 @@ def gelu_scaled_kernel(x_ptr, scale_ptr, out_ptr, pixels, hidden,
     base = sample * pixels * hidden
     offset = pixel[:, None] * hidden + column[None, :]
     ok = (pixel < pixels)[:, None] & column_ok[None, :]
-    scale = tl.load(scale_ptr + sample * hidden + column, column_ok, other=0.)
-    h = _gelu(tl.load(x_ptr + base + offset, ok, other=0.).to(tl.float32))
-    tl.store(out_ptr + base + offset,
-             (h * scale[None, :]).to(out_ptr.dtype.element_ty), ok)
+    scale = tl.load(scale_ptr + sample * hidden + column, column_ok, other=0.0)
+    h = _gelu(tl.load(x_ptr + base + offset, ok, other=0.0).to(tl.float32))
+    tl.store(
+        out_ptr + base + offset, (h * scale[None, :]).to(out_ptr.dtype.element_ty), ok
+    )
 
 
 @jit
-def gelu_sums_kernel(x_ptr, grad_ptr, out_ptr, grad_out_ptr, pixels, hidden,
-                     BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr):
+def gelu_sums_kernel(
+    x_ptr,
+    grad_ptr,
+    out_ptr,
+    grad_out_ptr,
+    pixels,
+    hidden,
+    BLOCK_R: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
     """Partial sums over pixels that GRN needs, one for each program along 0.
 
     Args:
@@ -341,10 +414,9 @@ def gelu_sums_kernel(x_ptr, grad_ptr, out_ptr, grad_out_ptr, pixels, hidden,
     for start in range(tl.program_id(0) * BLOCK_R, pixels, step):
         base = (sample * pixels + start) * hidden
         ok = (start + tile_row < pixels)[:, None] & column_ok[None, :]
-        h = _gelu(tl.load(x_ptr + base + offset, ok, other=0.).to(tl.float32))
+        h = _gelu(tl.load(x_ptr + base + offset, ok, other=0.0).to(tl.float32))
         if grad_ptr is not None:
-            grad = tl.load(
-                grad_ptr + base + offset, ok, other=0.).to(tl.float32)
+            grad = tl.load(grad_ptr + base + offset, ok, other=0.0).to(tl.float32)
             grad_total += grad
             total += h * grad
         else:
@@ -352,14 +424,26 @@ def gelu_sums_kernel(x_ptr, grad_ptr, out_ptr, grad_out_ptr, pixels, hidden,
     part = tl.program_id(0) * tl.num_programs(2) + sample
     tl.store(out_ptr + part * hidden + column, tl.sum(total, 0), column_ok)
     if grad_ptr is not None:
-        tl.store(grad_out_ptr + part * hidden + column,
-                 tl.sum(grad_total, 0), column_ok)
+        tl.store(
+            grad_out_ptr + part * hidden + column, tl.sum(grad_total, 0), column_ok
+        )
 
 
 @jit
-def gelu_backward_kernel(grad_ptr, x_ptr, scale_ptr, along_ptr, beta_ptr,
-                         out_ptr, activation_ptr, bias_out_ptr, pixels, hidden,
-                         BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr):
+def gelu_backward_kernel(
+    grad_ptr,
+    x_ptr,
+    scale_ptr,
+    along_ptr,
+    beta_ptr,
+    out_ptr,
+    activation_ptr,
+    bias_out_ptr,
+    pixels,
+    hidden,
+    BLOCK_R: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
     """Backward of GELU and, where ``scale_ptr`` is not None, of GRN before it.
 
     Args:
@@ -376,11 +460,9 @@ def gelu_backward_kernel(grad_ptr, x_ptr, scale_ptr, along_ptr, beta_ptr,
     column = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     column_ok = column < hidden
     if scale_ptr is not None:
-        scale = tl.load(
-            scale_ptr + sample * hidden + column, column_ok, other=0.)
-        along = tl.load(
-            along_ptr + sample * hidden + column, column_ok, other=0.)
-        beta = tl.load(beta_ptr + column, column_ok, other=0.).to(tl.float32)
+        scale = tl.load(scale_ptr + sample * hidden + column, column_ok, other=0.0)
+        along = tl.load(along_ptr + sample * hidden + column, column_ok, other=0.0)
+        beta = tl.load(beta_ptr + column, column_ok, other=0.0).to(tl.float32)
     total = tl.zeros((BLOCK_R, BLOCK_M), tl.float32)
     tile_row = tl.arange(0, BLOCK_R)
     offset = tile_row[:, None] * hidden + column[None, :]
@@ -388,9 +470,10 @@ def gelu_backward_kernel(grad_ptr, x_ptr, scale_ptr, along_ptr, beta_ptr,
     for start in range(tl.program_id(0) * BLOCK_R, pixels, step):
         base = (sample * pixels + start) * hidden
         ok = (start + tile_row < pixels)[:, None] & column_ok[None, :]
-        grad = tl.load(grad_ptr + base + offset, ok, other=0.).to(tl.float32)
+        grad = tl.load(grad_ptr + base + offset, ok, other=0.0).to(tl.float32)
         h, slope = _gelu_and_slope(
-            tl.load(x_ptr + base + offset, ok, other=0.).to(tl.float32))
+            tl.load(x_ptr + base + offset, ok, other=0.0).to(tl.float32)
+        )
         if scale_ptr is not None:
             grad = grad * scale[None, :] + h * along[None, :]
             h = h * scale[None, :] + beta[None, :]
@@ -398,21 +481,41 @@ def gelu_backward_kernel(grad_ptr, x_ptr, scale_ptr, along_ptr, beta_ptr,
         total += grad
         tl.store(out_ptr + base + offset, grad.to(out_ptr.dtype.element_ty), ok)
         if activation_ptr is not None:
-            tl.store(activation_ptr + base + offset,
-                     h.to(activation_ptr.dtype.element_ty), ok)
+            tl.store(
+                activation_ptr + base + offset,
+                h.to(activation_ptr.dtype.element_ty),
+                ok,
+            )
     part = tl.program_id(0) * tl.num_programs(2) + sample
-    tl.store(bias_out_ptr + part * hidden + column, tl.sum(total, 0),
-             column_ok)
+    tl.store(bias_out_ptr + part * hidden + column, tl.sum(total, 0), column_ok)
 
 
 @jit
-def linear_kernel(x_ptr, weight_ptr, bias_ptr, hidden_ptr, residual_ptr,
-                  scale_ptr, out_ptr, second_out_ptr, bias_out_ptr, rows,
-                  pixels, columns, inner, weight_inner, weight_column,
-                  scale_sample, scale_column, EPILOGUE: tl.constexpr,
-                  BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
-                  BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
-                  WIDEN: tl.constexpr):
+def linear_kernel(
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    hidden_ptr,
+    residual_ptr,
+    scale_ptr,
+    out_ptr,
+    second_out_ptr,
+    bias_out_ptr,
+    rows,
+    pixels,
+    columns,
+    inner,
+    weight_inner,
+    weight_column,
+    scale_sample,
+    scale_column,
+    EPILOGUE: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
     """Matrix product of (R, K) rows and a weight, and what follows it.
 
     Args:
@@ -445,16 +548,15 @@ def linear_kernel(x_ptr, weight_ptr, bias_ptr, hidden_ptr, residual_ptr,
     column = column_block * BLOCK_N + tl.arange(0, BLOCK_N)
     column_ok = column < columns
     k = tl.arange(0, BLOCK_K)
-    x_tile = (x_ptr + start_row * inner + tile_row[:, None] * inner +
-              k[None, :])
-    weight_tile = (weight_ptr + k[:, None] * weight_inner +
-                   column[None, :] * weight_column)
+    x_tile = x_ptr + start_row * inner + tile_row[:, None] * inner + k[None, :]
+    weight_tile = (
+        weight_ptr + k[:, None] * weight_inner + column[None, :] * weight_column
+    )
     y = tl.zeros((BLOCK_R, BLOCK_N), tl.float32)
     for start in range(0, inner, BLOCK_K):
         k_ok = start + k < inner
-        x = tl.load(x_tile, row_ok[:, None] & k_ok[None, :], other=0.)
-        weight = tl.load(
-            weight_tile, k_ok[:, None] & column_ok[None, :], other=0.)
+        x = tl.load(x_tile, row_ok[:, None] & k_ok[None, :], other=0.0)
+        weight = tl.load(weight_tile, k_ok[:, None] & column_ok[None, :], other=0.0)
         if WIDEN:
             x, weight = x.to(tl.float32), weight.to(tl.float32)
         y = tl.dot(x, weight, y)
@@ -465,8 +567,7 @@ def linear_kernel(x_ptr, weight_ptr, bias_ptr, hidden_ptr, residual_ptr,
     offset = tile_row[:, None] * columns + column[None, :]
     ok = row_ok[:, None] & column_ok[None, :]
     if bias_ptr is not None:
-        y += tl.load(
-            bias_ptr + column, column_ok, other=0.).to(tl.float32)[None, :]
+        y += tl.load(bias_ptr + column, column_ok, other=0.0).to(tl.float32)[None, :]
     if EPILOGUE == 'gelu':
         # Of the rounded value: backward has no other.
         y = y.to(out_ptr.dtype.element_ty)
@@ -477,19 +578,23 @@ def linear_kernel(x_ptr, weight_ptr, bias_ptr, hidden_ptr, residual_ptr,
         if scale_ptr is not None:
             sample = (row_block * BLOCK_R + tile_row) // pixels
             y *= tl.load(
-                scale_ptr + sample[:, None] * scale_sample +
-                column[None, :] * scale_column,
+                scale_ptr
+                + sample[:, None] * scale_sample
+                + column[None, :] * scale_column,
                 ok,
-                other=0.)
-        out = tl.load(
-            residual_ptr + base + offset, ok, other=0.).to(tl.float32) + y
+                other=0.0,
+            )
+        out = tl.load(residual_ptr + base + offset, ok, other=0.0).to(tl.float32) + y
     else:
         h, slope = _gelu_and_slope(
-            tl.load(hidden_ptr + base + offset, ok, other=0.).to(tl.float32))
+            tl.load(hidden_ptr + base + offset, ok, other=0.0).to(tl.float32)
+        )
         out = y * slope
         if second_out_ptr is not None:
-            tl.store(second_out_ptr + base + offset,
-                     h.to(second_out_ptr.dtype.element_ty), ok)
-        tl.store(bias_out_ptr + row_block * columns + column, tl.sum(out, 0),
-                 column_ok)
+            tl.store(
+                second_out_ptr + base + offset,
+                h.to(second_out_ptr.dtype.element_ty),
+                ok,
+            )
+        tl.store(bias_out_ptr + row_block * columns + column, tl.sum(out, 0), column_ok)
     tl.store(out_ptr + base + offset, out.to(out_ptr.dtype.element_ty), ok)

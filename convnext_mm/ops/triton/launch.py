@@ -2,8 +2,10 @@
 
 Maps are (N, H, W, C) or (N, P, C), contiguous.
 """
+
 import functools
-from typing import Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,13 +17,14 @@ from . import kernels
 INTERPRETED = triton.knobs.runtime.interpret
 # Accumulators of a thread, with LayerNorm to follow and without: more spill.
 NORM_VALUES, PLAIN_VALUES = 16, 32
-_fastest: Dict[tuple, object] = {}
+_fastest: dict[tuple, object] = {}
 # Checks set it: the number of the candidate to take, nothing is measured.
-fixed_choice: Optional[int] = None
+fixed_choice: int | None = None
 
 
 class Tile(NamedTuple):
     """Of :func:`.kernels.depthwise_kernel`."""
+
     height: int
     width: int
     block_c: int
@@ -30,6 +33,7 @@ class Tile(NamedTuple):
 
 class ProductTile(NamedTuple):
     """Of :func:`.kernels.linear_kernel`."""
+
     rows: int
     columns: int
     inner: int
@@ -42,17 +46,24 @@ class ProductTile(NamedTuple):
 PRODUCT_TILES = {
     epilogue: tuple(ProductTile(*tile) for tile in tiles)
     for epilogue, tiles in dict(
-        gelu=((128, 128, 64, 8, 3), (128, 64, 64, 4, 4), (64, 128, 64, 4, 4),
-              (64, 64, 64, 4, 4)),
-        residual=((128, 128, 64, 8, 3), (128, 64, 64, 4, 4),
-                  (64, 128, 64, 4, 4), (64, 64, 64, 4, 4)),
-        gelu_backward=((128, 64, 64, 8, 3), (64, 128, 64, 8, 3),
-                       (64, 64, 64, 4, 4))).items()
+        gelu=(
+            (128, 128, 64, 8, 3),
+            (128, 64, 64, 4, 4),
+            (64, 128, 64, 4, 4),
+            (64, 64, 64, 4, 4),
+        ),
+        residual=(
+            (128, 128, 64, 8, 3),
+            (128, 64, 64, 4, 4),
+            (64, 128, 64, 4, 4),
+            (64, 64, 64, 4, 4),
+        ),
+        gelu_backward=((128, 64, 64, 8, 3), (64, 128, 64, 8, 3), (64, 64, 64, 4, 4)),
+    ).items()
 }
 
 
-def fastest(key: tuple, rows: int, candidates: Sequence,
-            run: Callable) -> object:
+def fastest(key: tuple, rows: int, candidates: Sequence, run: Callable) -> object:
     """The candidate that ``run(candidate)`` takes the least time with,
     measured when a key is first met, remembered for the process.
 
@@ -68,8 +79,11 @@ def fastest(key: tuple, rows: int, candidates: Sequence,
     """
     if fixed_choice is not None:
         return candidates[fixed_choice % len(candidates)]
-    if (len(candidates) == 1 or INTERPRETED
-            or torch.are_deterministic_algorithms_enabled()):
+    if (
+        len(candidates) == 1
+        or INTERPRETED
+        or torch.are_deterministic_algorithms_enabled()
+    ):
         return candidates[0]
     key = (torch.cuda.current_device(), rows.bit_length() // 3, *key)
     if key not in _fastest:
@@ -87,29 +101,36 @@ def _time(run: Callable, candidate: object) -> float:
     for measuring."""
     try:
         return triton.testing.do_bench(
-            lambda: run(candidate), warmup=2, rep=10, return_mode='median')
-    except (triton.runtime.errors.OutOfResources,
-            torch.cuda.OutOfMemoryError):
+            lambda: run(candidate), warmup=2, rep=10, return_mode='median'
+        )
+    except (triton.runtime.errors.OutOfResources, torch.cuda.OutOfMemoryError):
         return float('inf')
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def programs_at_once() -> int:
     """A grid that fills the device a few times."""
     if INTERPRETED:
         return 3
-    return 4 * torch.cuda.get_device_properties(
-        torch.cuda.current_device()).multi_processor_count
+    return (
+        4
+        * torch.cuda.get_device_properties(
+            torch.cuda.current_device()
+        ).multi_processor_count
+    )
 
 
-def depthwise_tiles(channels: int, norm: bool) -> List[Tile]:
+def depthwise_tiles(channels: int, norm: bool) -> list[Tile]:
     """Candidates, the likeliest first. ``norm`` needs all channels in one."""
     block_c = triton.next_power_of_2(channels)
     if not norm:
         block_c = min(block_c, 64)
     tiles = []
-    values, shapes = ((NORM_VALUES, ((4, 2), (8, 2), (8, 4), (8, 1))) if norm
-                      else (PLAIN_VALUES, ((4, 4), (8, 4), (4, 2), (8, 2))))
+    values, shapes = (
+        (NORM_VALUES, ((4, 2), (8, 2), (8, 4), (8, 1)))
+        if norm
+        else (PLAIN_VALUES, ((4, 4), (8, 4), (4, 2), (8, 2)))
+    )
     for warps, height in shapes:
         width = values * 32 * warps // (height * block_c)
         if width:
@@ -117,15 +138,17 @@ def depthwise_tiles(channels: int, norm: bool) -> List[Tile]:
     return tiles or [Tile(1, 1, block_c, 16)]
 
 
-def depthwise(x: Tensor,
-              weight: Tensor,
-              bias: Optional[Tensor],
-              dilation: int,
-              norm: Optional[Tuple[Tensor, Tensor, float]] = None,
-              residual: Optional[Tensor] = None,
-              flip: bool = False,
-              out_dtype: Optional[torch.dtype] = None,
-              keep_maps: bool = True) -> Tuple[Tensor, Tensor]:
+def depthwise(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    dilation: int,
+    norm: tuple[Tensor, Tensor, float] | None = None,
+    residual: Tensor | None = None,
+    flip: bool = False,
+    out_dtype: torch.dtype | None = None,
+    keep_maps: bool = True,
+) -> tuple[Tensor, Tensor]:
     """Depthwise convolution, residual addition and LayerNorm.
 
     Args:
@@ -146,68 +169,115 @@ def depthwise(x: Tensor,
     taps = weight.to(x.dtype).view(channels, size * size).t().contiguous()
     out = torch.empty_like(x, dtype=out_dtype) if keep_maps else None
     normed = None if norm is None else torch.empty_like(x)
-    norm_weight, norm_bias, eps = norm or (None, None, 0.)
+    norm_weight, norm_bias, eps = norm or (None, None, 0.0)
     if not x.numel():
         return out, normed
 
     def run(tile: Tile) -> None:
         phase_rows = triton.cdiv(triton.cdiv(height, dilation), tile.height)
-        grid = (n * dilation * phase_rows * triton.cdiv(width, tile.width),
-                triton.cdiv(channels, tile.block_c))
+        grid = (
+            n * dilation * phase_rows * triton.cdiv(width, tile.width),
+            triton.cdiv(channels, tile.block_c),
+        )
         kernels.depthwise_kernel[grid](
-            x, taps, bias, residual, norm_weight, norm_bias, out, normed,
-            height, width, channels, eps, size, dilation, flip, tile.height,
-            tile.width, tile.block_c, num_warps=tile.warps)
+            x,
+            taps,
+            bias,
+            residual,
+            norm_weight,
+            norm_bias,
+            out,
+            normed,
+            height,
+            width,
+            channels,
+            eps,
+            size,
+            dilation,
+            flip,
+            tile.height,
+            tile.width,
+            tile.block_c,
+            num_warps=tile.warps,
+        )
 
-    key = ('depthwise', channels, size, dilation, x.dtype, out_dtype,
-           norm is None, residual is None, keep_maps)
+    key = (
+        'depthwise',
+        channels,
+        size,
+        dilation,
+        x.dtype,
+        out_dtype,
+        norm is None,
+        residual is None,
+        keep_maps,
+    )
     tiles = depthwise_tiles(channels, norm is not None)
     run(fastest(key, n * height * width, tiles, run))
     return out, normed
 
 
-def depthwise_weight_grad(x: Tensor, grad: Tensor, size: int,
-                          dilation: int) -> Tuple[Tensor, Tensor]:
+def depthwise_weight_grad(
+    x: Tensor, grad: Tensor, size: int, dilation: int
+) -> tuple[Tensor, Tensor]:
     """Gradients of the depthwise weight (C, 1, K, K) and bias (C,), fp32, of
     (N, H, W, C) input and output gradient."""
     n, height, width, channels = grad.shape
     if not grad.numel():
-        return (grad.new_zeros(channels, 1, size, size, dtype=torch.float32),
-                grad.new_zeros(channels, dtype=torch.float32))
+        return (
+            grad.new_zeros(channels, 1, size, size, dtype=torch.float32),
+            grad.new_zeros(channels, dtype=torch.float32),
+        )
     block_c = min(triton.next_power_of_2(channels), 64)
     blocks = triton.cdiv(channels, block_c)
-    shares = min(n * height,
-                 triton.cdiv(4 * programs_at_once(), size * blocks))
-    parts = grad.new_empty(
-        shares, size * size, channels, dtype=torch.float32)
+    shares = min(n * height, triton.cdiv(4 * programs_at_once(), size * blocks))
+    parts = grad.new_empty(shares, size * size, channels, dtype=torch.float32)
     bias_parts = grad.new_empty(shares, channels, dtype=torch.float32)
     kernels.depthwise_weight_grad_kernel[(size, blocks, shares)](
-        x, grad, parts, bias_parts, height, width, n * height, channels, size,
-        dilation, 8, block_c, num_warps=4)
+        x,
+        grad,
+        parts,
+        bias_parts,
+        height,
+        width,
+        n * height,
+        channels,
+        size,
+        dilation,
+        8,
+        block_c,
+        num_warps=4,
+    )
     weight_grad = parts.sum(0).t().reshape(channels, 1, size, size)
     return weight_grad, bias_parts.sum(0)
 
 
-def _norm_tile(channels: int, values: int) -> Dict[str, int]:
+def _norm_tile(channels: int, values: int) -> dict[str, int]:
     """``values`` of a tile for each thread."""
     block_c = triton.next_power_of_2(channels)
     rows = min(32, max(1, 4096 // block_c))
     return dict(
-        BLOCK_R=rows,
-        BLOCK_C=block_c,
-        num_warps=max(4, rows * block_c // (32 * values)))
+        BLOCK_R=rows, BLOCK_C=block_c, num_warps=max(4, rows * block_c // (32 * values))
+    )
 
 
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float,
-               out: Tensor, out_last: bool = True) -> Tensor:
+def layer_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    out: Tensor,
+    out_last: bool = True,
+) -> Tensor:
     """LayerNorm of (N, P, C) into ``out``, of the same shape or, without
     ``out_last``, (N, C, P)."""
     n, pixels, channels = x.shape
     if x.numel():
         tile = _norm_tile(channels, 32)
         grid = triton.cdiv(pixels, tile['BLOCK_R']), n
-        kernels.layer_norm_kernel[grid](x, weight, bias, out, pixels, channels,
-                                        eps, out_last, **tile)
+        kernels.layer_norm_kernel[grid](
+            x, weight, bias, out, pixels, channels, eps, out_last, **tile
+        )
     return out
 
 
@@ -217,10 +287,10 @@ def layer_norm_backward(
     weight: Tensor,
     bias: Tensor,
     eps: float,
-    normed: Optional[Tensor] = None,
+    normed: Tensor | None = None,
     grad_last: bool = True,
-    out_dtype: Optional[torch.dtype] = None
-) -> Tuple[Tensor, Tensor, Tensor]:
+    out_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of the input (N, P, C), the weight and the bias (C,).
 
     Args:
@@ -236,12 +306,23 @@ def layer_norm_backward(
         return out, zeros, zeros.clone()
     # Without the limit ptxas aims at 128 registers for wide rows, and spills.
     tile = dict(_norm_tile(channels, 16), maxnreg=240)
-    programs = min(n * triton.cdiv(pixels, tile['BLOCK_R']),
-                   programs_at_once())
+    programs = min(n * triton.cdiv(pixels, tile['BLOCK_R']), programs_at_once())
     parts = x.new_empty(2, programs, channels, dtype=torch.float32)
-    kernels.layer_norm_backward_kernel[(programs, )](
-        grad, x, weight, bias, out, normed, *parts, n, pixels, channels, eps,
-        grad_last, **tile)
+    kernels.layer_norm_backward_kernel[(programs,)](
+        grad,
+        x,
+        weight,
+        bias,
+        out,
+        normed,
+        *parts,
+        n,
+        pixels,
+        channels,
+        eps,
+        grad_last,
+        **tile,
+    )
     return (out, *(part.sum(0) for part in parts))
 
 
@@ -249,7 +330,7 @@ def layer_norm_backward(
 _BLOCK_R, _BLOCK_M = 8, 128
 
 
-def _gelu_grid(n: int, pixels: int, hidden: int) -> Tuple[int, int, int]:
+def _gelu_grid(n: int, pixels: int, hidden: int) -> tuple[int, int, int]:
     columns = triton.cdiv(hidden, _BLOCK_M)
     wanted = triton.cdiv(4 * programs_at_once(), n * columns)
     return min(triton.cdiv(pixels, _BLOCK_R), wanted), columns, n
@@ -260,14 +341,14 @@ def gelu_scaled(x: Tensor, scale: Tensor) -> Tensor:
     n, pixels, hidden = x.shape
     out = torch.empty_like(x)
     if x.numel():
-        grid = (triton.cdiv(pixels, _BLOCK_R), triton.cdiv(hidden, _BLOCK_M),
-                n)
-        kernels.gelu_scaled_kernel[grid](x, scale.contiguous(), out, pixels,
-                                         hidden, _BLOCK_R, _BLOCK_M)
+        grid = (triton.cdiv(pixels, _BLOCK_R), triton.cdiv(hidden, _BLOCK_M), n)
+        kernels.gelu_scaled_kernel[grid](
+            x, scale.contiguous(), out, pixels, hidden, _BLOCK_R, _BLOCK_M
+        )
     return out
 
 
-def gelu_sums(x: Tensor, grad: Optional[Tensor]) -> Tuple[Tensor, ...]:
+def gelu_sums(x: Tensor, grad: Tensor | None) -> tuple[Tensor, ...]:
     """Sums over pixels, (N, 1, M) fp32, of ``gelu(x)`` squared; with ``grad``
     those of ``gelu(x) * grad`` and of ``grad``. All in (N, P, M)."""
     n, pixels, hidden = x.shape
@@ -276,10 +357,18 @@ def gelu_sums(x: Tensor, grad: Optional[Tensor]) -> Tuple[Tensor, ...]:
         return (zeros, zeros)
     grid = _gelu_grid(n, pixels, hidden)
     parts = x.new_empty(
-        1 if grad is None else 2, grid[0], n, hidden, dtype=torch.float32)
-    kernels.gelu_sums_kernel[grid](x, grad, parts[0],
-                                   None if grad is None else parts[1], pixels,
-                                   hidden, _BLOCK_R, _BLOCK_M)
+        1 if grad is None else 2, grid[0], n, hidden, dtype=torch.float32
+    )
+    kernels.gelu_sums_kernel[grid](
+        x,
+        grad,
+        parts[0],
+        None if grad is None else parts[1],
+        pixels,
+        hidden,
+        _BLOCK_R,
+        _BLOCK_M,
+    )
     return tuple(parts.sum(1).unsqueeze(2))
 
 
@@ -287,8 +376,8 @@ def gelu_backward(
     grad: Tensor,
     x: Tensor,
     keep_activation: bool,
-    grn: Optional[Tuple[Tensor, Tensor, Tensor]] = None
-) -> Tuple[Tensor, Optional[Tensor], Tensor]:
+    grn: tuple[Tensor, Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor]:
     """Backward of GELU, and of GRN after it.
 
     Args:
@@ -301,24 +390,43 @@ def gelu_backward(
         gradient's sum over rows (M,), fp32.
     """
     # Without GRN samples do not matter.
-    n, pixels, hidden = (1, x.shape[0] * x.shape[1],
-                         x.shape[2]) if grn is None else x.shape
+    n, pixels, hidden = (
+        (1, x.shape[0] * x.shape[1], x.shape[2]) if grn is None else x.shape
+    )
     activation = torch.empty_like(x) if keep_activation else None
     if not x.numel():
         return grad, activation, x.new_zeros(hidden, dtype=torch.float32)
     grid = _gelu_grid(n, pixels, hidden)
     parts = x.new_empty(grid[0], n, hidden, dtype=torch.float32)
-    scale, along, beta = (None, None, None) if grn is None else (
-        t.contiguous() for t in grn)
-    kernels.gelu_backward_kernel[grid](grad, x, scale, along, beta, grad,
-                                       activation, parts, pixels, hidden,
-                                       _BLOCK_R, _BLOCK_M)
+    scale, along, beta = (
+        (None, None, None) if grn is None else (t.contiguous() for t in grn)
+    )
+    kernels.gelu_backward_kernel[grid](
+        grad,
+        x,
+        scale,
+        along,
+        beta,
+        grad,
+        activation,
+        parts,
+        pixels,
+        hidden,
+        _BLOCK_R,
+        _BLOCK_M,
+    )
     return grad, activation, parts.sum((0, 1))
 
 
-def _product(x: Tensor, weight: Tensor, bias: Optional[Tensor], epilogue: str,
-             library: Callable, out_dtype: torch.dtype,
-             **arguments) -> Tuple[Tensor, ...]:
+def _product(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    epilogue: str,
+    library: Callable,
+    out_dtype: torch.dtype,
+    **arguments,
+) -> tuple[Tensor, ...]:
     """A matrix product with what follows it: PyTorch's and ``library`` after
     it, or one kernel, whichever is faster. fp32 is PyTorch's alone, which
     knows the user's choice on TF32.
@@ -334,7 +442,7 @@ def _product(x: Tensor, weight: Tensor, bias: Optional[Tensor], epilogue: str,
     n, pixels, inner = x.shape
     rows, columns = n * pixels, len(weight)
 
-    def run(tile: Optional[ProductTile]) -> Tuple[Tensor, ...]:
+    def run(tile: ProductTile | None) -> tuple[Tensor, ...]:
         if tile is None:
             return library()
         out = x.new_empty(n, pixels, columns, dtype=out_dtype)
@@ -345,28 +453,52 @@ def _product(x: Tensor, weight: Tensor, bias: Optional[Tensor], epilogue: str,
         if arguments.get('sums'):
             sums = x.new_empty(row_blocks, columns, dtype=torch.float32)
         scale = arguments.get('scale')
-        strides = (0, 0) if scale is None else (
-            scale.stride(0) if len(scale) > 1 else 0,
-            scale.stride(2) if scale.shape[2] > 1 else 0)
-        kernels.linear_kernel[(
-            row_blocks * triton.cdiv(columns, tile.columns), )](
-                x, weight, bias, arguments.get('hidden'),
-                arguments.get('residual'), scale, out, second, sums, rows,
-                pixels, columns, inner, weight.stride(1), weight.stride(0),
-                *strides, epilogue, tile.rows, tile.columns, tile.inner, 8,
-                INTERPRETED and x.dtype == torch.bfloat16,
-                num_warps=tile.warps, num_stages=tile.stages)
+        strides = (
+            (0, 0)
+            if scale is None
+            else (
+                scale.stride(0) if len(scale) > 1 else 0,
+                scale.stride(2) if scale.shape[2] > 1 else 0,
+            )
+        )
+        kernels.linear_kernel[(row_blocks * triton.cdiv(columns, tile.columns),)](
+            x,
+            weight,
+            bias,
+            arguments.get('hidden'),
+            arguments.get('residual'),
+            scale,
+            out,
+            second,
+            sums,
+            rows,
+            pixels,
+            columns,
+            inner,
+            weight.stride(1),
+            weight.stride(0),
+            *strides,
+            epilogue,
+            tile.rows,
+            tile.columns,
+            tile.inner,
+            8,
+            INTERPRETED and x.dtype == torch.bfloat16,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
         return out, second, None if sums is None else sums.sum(0)
 
-    candidates = (None, )
+    candidates = (None,)
     if x.dtype != torch.float32 and x.numel():
         candidates += PRODUCT_TILES[epilogue]
     key = (epilogue, inner, columns, x.dtype, bool(arguments.get('second')))
     return run(fastest(key, rows, candidates, run))
 
 
-def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor,
-                keep: bool) -> Tuple[Tensor, Optional[Tensor]]:
+def linear_gelu(
+    x: Tensor, weight: Tensor, bias: Tensor, keep: bool
+) -> tuple[Tensor, Tensor | None]:
     """``gelu(y)`` of ``y = x W^T + b``, and ``y`` where ``keep`` says so.
 
     Args:
@@ -374,16 +506,21 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor,
         weight: (M, K).
     """
 
-    def library() -> Tuple[Tensor, Optional[Tensor]]:
+    def library() -> tuple[Tensor, Tensor | None]:
         y = F.linear(x, weight, bias)
         return F.gelu(y), y if keep else None
 
-    return _product(
-        x, weight, bias, 'gelu', library, x.dtype, second=keep)[:2]
+    return _product(x, weight, bias, 'gelu', library, x.dtype, second=keep)[:2]
 
 
-def linear_residual(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor,
-                    scale: Optional[Tensor], out_dtype: torch.dtype) -> Tensor:
+def linear_residual(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    residual: Tensor,
+    scale: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
     """``residual + scale * (x W^T + b)``.
 
     Args:
@@ -393,27 +530,21 @@ def linear_residual(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor,
         scale: (N or 1, 1, C or 1) fp32, or None for 1.
     """
 
-    def library() -> Tuple[Tensor]:
+    def library() -> tuple[Tensor]:
         y = F.linear(x, weight, bias)
         out = residual.new_empty(residual.shape, dtype=out_dtype)
         if scale is None:
-            return (torch.add(residual, y, out=out), )
-        return (torch.addcmul(residual, y, scale, out=out), )
+            return (torch.add(residual, y, out=out),)
+        return (torch.addcmul(residual, y, scale, out=out),)
 
     return _product(
-        x,
-        weight,
-        bias,
-        'residual',
-        library,
-        out_dtype,
-        residual=residual,
-        scale=scale)[0]
+        x, weight, bias, 'residual', library, out_dtype, residual=residual, scale=scale
+    )[0]
 
 
 def linear_gelu_backward(
-        grad: Tensor, weight: Tensor, hidden: Tensor,
-        keep_activation: bool) -> Tuple[Tensor, Optional[Tensor], Tensor]:
+    grad: Tensor, weight: Tensor, hidden: Tensor, keep_activation: bool
+) -> tuple[Tensor, Tensor | None, Tensor]:
     """Backward of ``gelu(hidden) W^T``: as :func:`gelu_backward`.
 
     Args:
@@ -422,9 +553,8 @@ def linear_gelu_backward(
         hidden: (N, P, M).
     """
 
-    def library() -> Tuple[Tensor, Optional[Tensor], Tensor]:
-        return gelu_backward(
-            F.linear(grad, weight.t()), hidden, keep_activation)
+    def library() -> tuple[Tensor, Tensor | None, Tensor]:
+        return gelu_backward(F.linear(grad, weight.t()), hidden, keep_activation)
 
     return _product(
         grad,
@@ -435,4 +565,5 @@ def linear_gelu_backward(
         grad.dtype,
         hidden=hidden,
         second=keep_activation,
-        sums=True)
+        sums=True,
+    )

@@ -1,0 +1,1 @@
+"""What measures networks, machines and runs, and draws the results."""

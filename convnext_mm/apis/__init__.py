@@ -1,0 +1,1 @@
+"""What a command calls: train, test, convert, benchmark, demo."""

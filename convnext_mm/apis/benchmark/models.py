@@ -1,0 +1,342 @@
+"""Whole detectors and segmentors: a recipe's model with this package's backbone
+and with mmpretrain's, the same weights in both."""
+
+import contextlib
+import copy
+import io
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import torch
+from mmengine.config import Config
+from mmengine.logging import MMLogger
+from mmengine.model import revert_sync_batchnorm
+from mmengine.optim import build_optim_wrapper
+from mmengine.registry import MODELS, DefaultScope, init_default_scope
+from mmengine.runner import set_random_seed
+from mmengine.structures import InstanceData, PixelData
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from convnext_mm.analysis.meter import Step, own_bytes
+from convnext_mm.archs import ARCHS
+from convnext_mm.models.block import IMPL_VARIABLE
+from convnext_mm.models.layer_id import default_num_layers
+
+from .networks import TOLERANCE, difference
+
+ROOT = Path(__file__).resolve().parents[3]
+CONFIGS = dict(
+    detector='configs/mask_rcnn/mask-rcnn_convnext-t_fpn_8xb2-amp-ms-crop-3x_coco.py',
+    segmentor='configs/upernet/convnext-tiny_upernet_8xb2-amp-160k_ade20k-512x512.py',
+)
+SIZES = dict(detector=(800, 1344), segmentor=(512, 512))
+# Roundoff that swaps two proposals of nearly equal score changes what is
+# learned from by a whole proposal.
+LOSS_TOLERANCE = 5e-3
+DISTINCT_IMAGES = 2  # of a synthetic batch; larger ones repeat them
+NUM_INSTANCES = 8  # for each image, about COCO's mean
+# Names in a block of mmpretrain's ConvNeXt, in place of ours.
+MMPRETRAIN_NAMES = {
+    'dwconv.': 'depthwise_conv.',
+    'pwconv1.': 'pointwise_conv1.',
+    'pwconv2.': 'pointwise_conv2.',
+}
+AMP_DTYPES = {'amp': 'bfloat16', 'amp-fp16': 'float16'}
+
+
+def set_arch(cfg: Config, arch: str) -> None:
+    """Changes the backbone of a config and what its neck or heads expect."""
+    cfg.model.backbone.arch = arch
+    with torch.device('meta'):
+        channels = list(MODELS.build(cfg.model.backbone).channels)
+    if 'neck' in cfg.model:
+        cfg.model.neck.in_channels = channels
+    else:
+        cfg.model.decode_head.in_channels = channels
+        cfg.model.auxiliary_head.in_channels = channels[2]
+
+
+def with_mmpretrain(cfg: Config) -> Config:
+    """The same model with mmpretrain's backbone."""
+    cfg = copy.deepcopy(cfg)
+    cfg.model.backbone.pop('out_layout', None)
+    cfg.model.backbone.update(
+        type='mmpretrain.ConvNeXt',
+        out_indices=(0, 1, 2, 3),
+        gap_before_final_norm=False,
+    )
+    return cfg
+
+
+def rename(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A model's weights under the names that mmpretrain's backbone has."""
+    renamed = {}
+    for name, value in state_dict.items():
+        if name.startswith('backbone.'):
+            for ours, theirs in MMPRETRAIN_NAMES.items():
+                name = name.replace(ours, theirs)
+        renamed[name] = value
+    return renamed
+
+
+def build_models(cfgs: dict[str, Config], seed: int) -> dict[str, nn.Module]:
+    """The models of configs that differ in their backbones, all with the
+    initial weights of the first, which has this package's backbone. Call it
+    in the configs' scope."""
+    set_random_seed(seed)
+    models: dict[str, nn.Module] = {}
+    for name, cfg in cfgs.items():
+        model = MODELS.build(copy.deepcopy(cfg.model))
+        if not models:
+            model.init_weights()
+            weights = model.state_dict()
+        elif cfg.model.backbone.type == 'mmpretrain.ConvNeXt':
+            model.load_state_dict(rename(weights))
+        else:
+            model.load_state_dict(weights)
+        models[name] = revert_sync_batchnorm(model)
+    return models
+
+
+def read_config(
+    task: str, arch: str, size: tuple[int, int], dtype: str, device: str
+) -> Config:
+    """The config of a task for random weights and images of one size.
+
+    Args:
+        size: (H, W).
+        dtype: ``'fp32'``, ``'amp'`` (bf16 autocast) or ``'amp-fp16'``.
+
+    Raises:
+        ValueError: fp16 on a CPU.
+    """
+    cfg = Config.fromfile(ROOT / CONFIGS[task])
+    init_default_scope(cfg.default_scope)
+    set_arch(cfg, arch)
+    cfg.model.backbone.pop('init_cfg', None)
+    if task == 'segmentor':
+        cfg.model.data_preprocessor.size = tuple(size)
+    optim_wrapper = cfg.optim_wrapper
+    optim_wrapper.paramwise_cfg.num_layers = default_num_layers(ARCHS[arch].depths)
+    if dtype == 'fp32':
+        optim_wrapper.type = 'OptimWrapper'
+        for key in ('dtype', 'loss_scale'):
+            optim_wrapper.pop(key, None)
+    elif device == 'cpu' and dtype == 'amp-fp16':
+        raise ValueError(
+            '--dtype amp-fp16 of a whole model needs --device '
+            'cuda; a CPU takes amp (bf16) and fp32'
+        )
+    else:
+        optim_wrapper.update(
+            type='convnext_mm.AmpOptimWrapper', dtype=AMP_DTYPES[dtype]
+        )
+    return cfg
+
+
+def synthetic_batch(task: str, cfg: Config, batch: int, size: tuple[int, int]) -> dict:
+    """Random images with annotations, as a data loader gives them."""
+    rng = np.random.default_rng(0)
+    height, width = size
+    annotate = _instances if task == 'detector' else _classes
+    images, samples = [], []
+    for _ in range(min(batch, DISTINCT_IMAGES)):
+        sample = annotate(rng, cfg, height, width)
+        sample.set_metainfo(
+            dict(
+                img_shape=size,
+                ori_shape=size,
+                pad_shape=size,
+                batch_input_shape=size,
+                scale_factor=(1.0, 1.0),
+                flip=False,
+            )
+        )
+        samples.append(sample)
+        images.append(
+            torch.from_numpy(rng.integers(0, 256, (3, height, width), np.uint8))
+        )
+    order = [i % DISTINCT_IMAGES for i in range(batch)]
+    return dict(
+        inputs=[images[i] for i in order],
+        data_samples=[copy.deepcopy(samples[i]) for i in order],
+    )
+
+
+def _instances(rng: np.random.Generator, cfg: Config, height: int, width: int):
+    """Ellipses, each a 16th to a half of the image high and wide."""
+    from mmdet.structures import DetDataSample
+    from mmdet.structures.mask import BitmapMasks
+
+    sides = rng.uniform(1 / 16, 1 / 2, (NUM_INSTANCES, 2))
+    corners = rng.uniform(0, 1 - sides)
+    boxes = np.hstack([corners, corners + sides])
+    boxes *= width, height, width, height
+    x1, y1, x2, y2 = boxes.T[..., None, None]
+    ys, xs = np.mgrid[:height, :width]
+    masks = (
+        ((2 * xs - x1 - x2) / (x2 - x1)) ** 2 + ((2 * ys - y1 - y2) / (y2 - y1)) ** 2
+        < 1
+    ).astype(np.uint8)
+    num_classes = cfg.model.roi_head.bbox_head.num_classes
+    return DetDataSample(
+        gt_instances=InstanceData(
+            bboxes=torch.from_numpy(boxes).float(),
+            labels=torch.from_numpy(rng.integers(0, num_classes, NUM_INSTANCES)),
+            masks=BitmapMasks(masks, height, width),
+        )
+    )
+
+
+def _classes(rng: np.random.Generator, cfg: Config, height: int, width: int):
+    """Squares of random classes, 32 pixels wide."""
+    from mmseg.structures import SegDataSample
+
+    num_classes = cfg.model.decode_head.num_classes
+    labels = rng.integers(0, num_classes, (-(-height // 32), -(-width // 32)))
+    labels = labels.repeat(32, 0).repeat(32, 1)[None, :height, :width]
+    return SegDataSample(gt_sem_seg=PixelData(data=torch.from_numpy(labels)))
+
+
+class Training:
+    """Models of one task, ready for train steps on one synthetic batch.
+
+    Args:
+        task: ``'detector'`` or ``'segmentor'``.
+        names: Implementations of this package's backbone, and
+            ``'mmpretrain'``.
+        arch, batch, size: Of the backbone, and the batch's.
+        dtype: See :func:`read_config`.
+        device: ``'cpu'`` or ``'cuda'``.
+    """
+
+    def __init__(
+        self,
+        task: str,
+        names: list[str],
+        arch: str,
+        batch: int,
+        size: tuple[int, int],
+        dtype: str,
+        device: str,
+    ) -> None:
+        cfg = read_config(task, arch, size, dtype, device)
+        self.task, self.cfg, self.size = task, cfg, size
+        cfgs = {name: _with_backbone(cfg, name) for name in names}
+        # Ours is the one whose weights the others get.
+        cfgs = dict(sorted(cfgs.items(), key=lambda c: c[0] == 'mmpretrain'))
+        with DefaultScope.overwrite_default_scope(cfg.default_scope), _quiet():
+            self.models = {
+                name: model.to(device).train()
+                for name, model in build_models(cfgs, seed=0).items()
+            }
+            self.optim_wrappers = {
+                name: build_optim_wrapper(model, cfgs[name].optim_wrapper)
+                for name, model in self.models.items()
+            }
+        self.set_batch(batch)
+
+    def set_batch(self, batch: int) -> None:
+        self.batch = synthetic_batch(self.task, self.cfg, batch, self.size)
+
+    def step(self, name: str) -> Step:
+        """A train step: the batch to the device, loss, backward, optimizer."""
+        data = [copy.deepcopy(self.batch)]  # a step may change what it gets
+
+        def run() -> None:
+            self.models[name].train_step(data.pop(), self.optim_wrappers[name])
+
+        return Step(run, lambda: data.append(copy.deepcopy(self.batch)))
+
+    def own_bytes(self, name: str) -> int:
+        """Of a model and its optimizer's state."""
+        state = self.optim_wrappers[name].optimizer.state.values()
+        return own_bytes(self.models[name]) + sum(
+            t.nbytes
+            for entry in state
+            for t in entry.values()
+            if isinstance(t, Tensor) and t.device.type != 'cpu'
+        )
+
+    def loss(self, name: str) -> Tensor:
+        """Of the batch, without drop path, from one seed."""
+        model = self.models[name]
+        model.backbone.eval()
+        set_random_seed(0)
+        losses = model(**self._data(name), mode='loss')
+        model.backbone.train()
+        return model.parse_losses(losses)[0]
+
+    def _data(self, name: str) -> dict:
+        return self.models[name].data_preprocessor(copy.deepcopy(self.batch), True)
+
+    def flops(self) -> int:
+        """Of the matrix products and convolutions in forward and backward."""
+        name = next(iter(self.models))
+        # PyTorch counts its own operators.
+        with (
+            mock.patch.dict(os.environ, {IMPL_VARIABLE: 'eager'}),
+            FlopCounterMode(display=False) as counter,
+        ):
+            self.loss(name).backward()
+        self.models[name].zero_grad(set_to_none=True)
+        return counter.get_total_flops()
+
+    @torch.no_grad()
+    def check_equal(self) -> None:
+        """That all models give the same maps and losses in fp32.
+
+        Raises:
+            SystemExit: They do not.
+        """
+        expected = None
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            for name, model in self.models.items():
+                loss = self.loss(name).item()
+                model.backbone.eval()  # no drop path
+                maps = model.backbone(self._data(name)['inputs'])
+                model.backbone.train()
+                if expected is None:
+                    first, expected = name, (maps, loss)
+                error = difference(expected[0], maps)
+                if not error < TOLERANCE:
+                    raise SystemExit(
+                        f'error: {self.task}: the maps of {name} and {first} '
+                        f'differ by {error:.1e} of the largest value, more '
+                        f'than {TOLERANCE:.0e}'
+                    )
+                if not abs(loss / expected[1] - 1) <= LOSS_TOLERANCE:
+                    raise SystemExit(
+                        f'error: {self.task}: the loss with {name} is '
+                        f'{loss:.6g}, with {first} {expected[1]:.6g}; from '
+                        'the same weights they may differ by '
+                        f'{LOSS_TOLERANCE:.0e} of their value'
+                    )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the names of all parameters, which constructors print."""
+    logger = MMLogger.get_current_instance()
+    level = logger.level
+    logger.setLevel('WARNING')
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _with_backbone(cfg: Config, name: str) -> Config:
+    if name != 'mmpretrain':
+        cfg = copy.deepcopy(cfg)
+        cfg.model.backbone.impl = name
+        return cfg
+    cfg = with_mmpretrain(cfg)
+    # Its own libraries' layer decay: by stages ours serves our backbone only.
+    cfg.optim_wrapper.constructor = 'LearningRateDecayOptimizerConstructor'
+    return cfg

@@ -1,0 +1,220 @@
+"""ConvNeXt backbones of this package and of others, with the same weights."""
+
+import copy
+import importlib
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from convnext_mm.archs import ARCHS
+from convnext_mm.checkpoint import convert_state_dict
+from convnext_mm.models import ConvNeXt
+from convnext_mm.models.block import IMPLEMENTATIONS
+
+# Where a peer's network is; the paper's formulation is written below.
+PEER_MODULES = dict(
+    mmpretrain='mmpretrain.models',
+    timm='timm',
+    torchvision='torchvision.models.convnext',
+    transformers='transformers.models.convnext.modeling_convnext',
+)
+PEERS = ('paper', *PEER_MODULES)
+DEPLOY = '+deploy'  # after switch_to_deploy()
+COMPILED = ' compiled'
+OURS = (*IMPLEMENTATIONS, 'auto', 'lean' + DEPLOY, 'triton' + DEPLOY)
+# Large enough for every parameter to show in the output.
+LAYER_SCALE = 0.1
+CHECK_SHAPE = (1, 3, 64, 96)
+TOLERANCE = 1e-4
+
+
+class Paper(nn.Module):
+    """The network as the paper's released code computes it: NCHW maps,
+    permuted for the pointwise layers, LayerNorm of NCHW maps in separate
+    steps. Parameters are those of a :class:`ConvNeXt`."""
+
+    def __init__(self, model: ConvNeXt) -> None:
+        super().__init__()
+        self.model = model
+
+    @staticmethod
+    def norm(x: Tensor, norm: nn.LayerNorm) -> Tensor:
+        centred = x - x.mean(1, keepdim=True)
+        variance = centred.pow(2).mean(1, keepdim=True)
+        x = centred / torch.sqrt(variance + norm.eps)
+        return norm.weight[:, None, None] * x + norm.bias[:, None, None]
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        outs = []
+        for i, stage in enumerate(self.model.stages):
+            for layer in self.model.downsample_layers[i]:
+                x = layer(x) if isinstance(layer, nn.Conv2d) else self.norm(x, layer)
+            for block in stage:
+                y = block.dwconv(x).permute(0, 2, 3, 1)
+                y = block.pwconv2(F.gelu(block.pwconv1(block.norm(y))))
+                x = x + (block.gamma * y).permute(0, 3, 1, 2)
+            outs.append(self.norm(x, getattr(self.model, f'norm{i}')))
+        return outs
+
+
+class Peer(nn.Module):
+    """Another library's network with our norms on the maps that it emits."""
+
+    def __init__(
+        self,
+        network: nn.Module,
+        features: Callable[[nn.Module, Tensor], list[Tensor]],
+        model: ConvNeXt,
+    ) -> None:
+        super().__init__()
+        self.network, self.features = network, features
+        self.norms = None
+        state, _ = convert_state_dict(network.state_dict())
+        with torch.no_grad():  # writes through to the network's parameters
+            for name, value in model.state_dict().items():
+                if name in state:
+                    state[name].copy_(value)
+        if 'norm0.weight' not in state:
+            self.norms = nn.ModuleList(
+                copy.deepcopy(getattr(model, f'norm{i}')) for i in range(4)
+            )
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        outs = self.features(self.network, x)
+        if self.norms is None:
+            return list(outs)
+        return [norm(out) for norm, out in zip(self.norms, outs)]
+
+
+def build_peer(name: str, arch: str, model: ConvNeXt) -> nn.Module:
+    """A peer with the weights of ``model``.
+
+    Raises:
+        ImportError: Its library is not installed.
+    """
+    depths, channels = ARCHS[arch].depths, ARCHS[arch].channels
+    if name == 'paper':
+        return Paper(copy.deepcopy(model))
+    library = importlib.import_module(PEER_MODULES[name])
+    if name == 'mmpretrain':
+        network = library.ConvNeXt(
+            dict(depths=depths, channels=channels),
+            out_indices=[0, 1, 2, 3],
+            gap_before_final_norm=False,
+        )
+        return Peer(network, lambda net, x: net(x), model)
+    if name == 'timm':
+        network = library.create_model(
+            'convnext_tiny', depths=depths, dims=channels, num_classes=0
+        )
+        return Peer(
+            network,
+            lambda net, x: net.forward_intermediates(x, intermediates_only=True),
+            model,
+        )
+    if name == 'torchvision':
+        network = library.ConvNeXt(
+            [
+                library.CNBlockConfig(*sizes)
+                for sizes in zip(channels, (*channels[1:], None), depths)
+            ]
+        )
+
+        def features(net, x):
+            outs = []
+            for layer in net.features:
+                x = layer(x)
+                outs.append(x)
+            return outs[1::2]
+
+        return Peer(network, features, model)
+    network = library.ConvNextModel(
+        library.ConvNextConfig(depths=depths, hidden_sizes=channels)
+    )
+    return Peer(
+        network,
+        lambda net, x: net(x, output_hidden_states=True).hidden_states[1:],
+        model,
+    )
+
+
+class Networks(NamedTuple):
+    """Networks by name, and in one sentence each why others are missing."""
+
+    built: dict[str, nn.Module]
+    skipped: dict[str, str]
+
+
+def build(names: Sequence[str], arch: str, device: str) -> Networks:
+    """Networks with the same weights, which were seen to give the same maps.
+
+    One that is not installed, cannot be built or fails is skipped; a peer that
+    gives other maps too.
+
+    Raises:
+        SystemExit: One of ours gives other maps than eager.
+    """
+    torch.manual_seed(0)
+    model = ConvNeXt(arch, layer_scale_init_value=LAYER_SCALE, impl='eager')
+    x = torch.rand(CHECK_SHAPE, device=device)
+    expected = _maps(copy.deepcopy(model).to(device), x)
+    networks = Networks({}, {})
+    for name in names:
+        try:
+            network = (
+                build_peer(name, arch, model)
+                if name in PEERS
+                else build_ours(name, arch, model)
+            ).to(device)
+            error = difference(expected, _maps(network, x))
+        except Exception as reason:  # whatever a library or driver may raise
+            networks.skipped[name] = one_line(reason)
+            continue
+        if error < TOLERANCE:
+            networks.built[name] = network
+            continue
+        message = (
+            f'{name} and eager differ by {error:.1e} of the largest '
+            f'value, more than {TOLERANCE:.0e}'
+        )
+        if name not in PEERS:
+            raise SystemExit(f'error: {message}')
+        networks.skipped[name] = message
+    return networks
+
+
+def build_ours(name: str, arch: str, model: ConvNeXt) -> ConvNeXt:
+    network = ConvNeXt(
+        arch, layer_scale_init_value=LAYER_SCALE, impl=name.removesuffix(DEPLOY)
+    )
+    network.load_state_dict(model.state_dict())
+    if name.endswith(DEPLOY):
+        network.switch_to_deploy()
+    return network
+
+
+@torch.no_grad()
+def _maps(network: nn.Module, x: Tensor) -> list[Tensor]:
+    # Convolutions in TensorFloat-32 would differ by more than the tolerance.
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        return network.eval()(x)
+
+
+def difference(expected: Sequence[Tensor], outs: Sequence[Tensor]) -> float:
+    """The largest, of the largest value of its map; inf where one is NaN or
+    maps are missing."""
+    if len(outs) != len(expected):
+        return float('inf')
+    errors = [
+        ((a - b).abs().max() / a.abs().max()).item() for a, b in zip(expected, outs)
+    ]
+    return max(e if e == e else float('inf') for e in errors)
+
+
+def one_line(error: Exception) -> str:
+    """An error's type and the first line of what it says."""
+    lines = str(error).strip().splitlines() or ['']
+    return f'{type(error).__name__}: {lines[0]}'[:300]

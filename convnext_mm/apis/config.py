@@ -1,0 +1,136 @@
+"""What commands share: arguments, the config they name, and errors as one
+sentence."""
+
+import argparse
+import contextlib
+import difflib
+import os
+import os.path as osp
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config, DictAction
+
+from convnext_mm.checkpoint import CheckpointError
+from convnext_mm.datasets.data_check import DataError
+from convnext_mm.engine.errors import ConfigError
+
+LAUNCHERS = ('none', 'pytorch', 'slurm', 'mpi')
+
+
+def add_common_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments that training and testing share."""
+    parser.add_argument(
+        '--work-dir',
+        help='folder for logs, checkpoints and '
+        'metrics (default: work_dirs/CONFIG_NAME)',
+    )
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        action=DictAction,
+        metavar='KEY=VALUE',
+        help='settings to override, such as train_dataloader.batch_size=4 or '
+        'key="[(1,2),(3,4)]" (no spaces inside the value)',
+    )
+    parser.add_argument(
+        '--data-root',
+        metavar='DIR',
+        help="where the data is, instead of the config's data_root",
+    )
+    parser.add_argument(
+        '--launcher', choices=LAUNCHERS, default='none', help='job launcher'
+    )
+    # torchrun sets LOCAL_RANK itself; the older launcher passes an argument.
+    parser.add_argument(
+        '--local_rank',
+        '--local-rank',
+        action=_SetLocalRank,
+        default=argparse.SUPPRESS,
+        help=argparse.SUPPRESS,
+    )
+
+
+class _SetLocalRank(argparse.Action):
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        os.environ.setdefault('LOCAL_RANK', values)
+
+
+def load_config(
+    config: str,
+    work_dir: str | None = None,
+    cfg_options: dict | None = None,
+    data_root: str | None = None,
+    launcher: str = 'none',
+) -> Config:
+    """A config with overrides and the work folder set.
+
+    Args:
+        config: Path of the config.
+        work_dir: Folder for logs, checkpoints and metrics; by default the
+            config's, or ``work_dirs/CONFIG_NAME``.
+        cfg_options: Settings to override, dotted names to values.
+        data_root: Where the data is, instead of the config's ``data_root``.
+        launcher: One of :data:`LAUNCHERS`.
+
+    Raises:
+        ConfigError: There is no such config file (close ones are named), or
+            ``data_root`` is given and the config has none.
+    """
+    path = Path(config)
+    if not path.is_file():
+        known = {
+            p.name: p for p in Path('configs').rglob('*.py') if '_base_' not in p.parts
+        }
+        close = difflib.get_close_matches(path.name, known, n=3, cutoff=0.5)
+        raise ConfigError(
+            f'config {config!r} does not exist'
+            + (
+                ': did you mean ' + ' or '.join(str(known[c]) for c in close) + '?'
+                if close
+                else '; give the path of a config, those of this '
+                'project are below configs/'
+            )
+        )
+    cfg = Config.fromfile(config)
+    cfg.launcher = launcher
+    if cfg_options is not None:
+        cfg.merge_from_dict(cfg_options)
+    if data_root is not None:
+        if not cfg.get('data_root'):
+            raise ConfigError(
+                f'--data-root replaces the data_root of a config;'
+                f' {config} has none at its top level'
+            )
+        _replace_prefix(cfg._cfg_dict, cfg.data_root, osp.join(data_root, ''))
+    if work_dir is not None:
+        cfg.work_dir = work_dir
+    elif cfg.get('work_dir') is None:
+        cfg.work_dir = osp.join('work_dirs', path.stem)
+    return cfg
+
+
+def _replace_prefix(node: Any, old: str, new: str) -> Any:
+    """``node`` with the folder ``new`` (ends in a slash) for ``old`` in every
+    path below; dicts and lists are changed in place."""
+    if isinstance(node, str):
+        is_below = node == old or node.startswith(osp.join(old, ''))
+        return new + node[len(old) :].lstrip('/') if is_below else node
+    if isinstance(node, tuple):
+        return tuple(_replace_prefix(item, old, new) for item in node)
+    if isinstance(node, (dict, list)):
+        keys = list(node) if isinstance(node, dict) else range(len(node))
+        for key in keys:
+            node[key] = _replace_prefix(node[key], old, new)
+    return node
+
+
+@contextlib.contextmanager
+def short_errors() -> Iterator[None]:
+    """Ends the program with one sentence, not a traceback, on a wrong setting,
+    bad data and a checkpoint that cannot be used."""
+    try:
+        yield
+    except (CheckpointError, ConfigError, DataError) as error:
+        raise SystemExit(f'error: {error}') from None

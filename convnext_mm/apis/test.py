@@ -1,0 +1,146 @@
+"""Evaluating a checkpoint with a config."""
+
+from typing import Any
+
+from mmengine.config import Config
+from mmengine.runner import Runner
+
+from convnext_mm.checkpoint import check_source
+from convnext_mm.datasets.data_paths import check_data
+from convnext_mm.engine.errors import ConfigError
+from convnext_mm.engine.launch import build_runner, fit_to_device
+from convnext_mm.models import ConvNeXt
+
+from .config import load_config
+
+
+def prepare(
+    config: str,
+    checkpoint: str,
+    tta: bool = False,
+    show: bool = False,
+    show_dir: str | None = None,
+    wait_time: float = 2,
+    **options: Any,
+) -> Config:
+    """The config to test, checked and fitted to the machine.
+
+    Args:
+        config: Path of the config.
+        checkpoint: Path or address.
+        tta: Average over scales and flips, as ``tta_model`` and
+            ``tta_pipeline`` of the config say.
+        show: Show predictions in a window.
+        show_dir: Write pictures of predictions here.
+        wait_time: Seconds per shown image.
+        **options: Of :func:`convnext_mm.apis.config.load_config`.
+
+    Raises:
+        ConfigError, CheckpointError, DataError: A path or setting is wrong;
+            says which and what to do.
+    """
+    cfg = load_config(config, **options)
+    check_source(checkpoint)
+    cfg.load_from = checkpoint
+    if show or show_dir:
+        draw_predictions(cfg, show, show_dir, wait_time)
+    if tta:
+        use_test_time_augmentation(cfg, config)
+    fit_to_device(cfg)
+    check_data(cfg, ['test_dataloader'])
+    return cfg
+
+
+def test(
+    config: str,
+    checkpoint: str,
+    out: str | None = None,
+    deploy: bool = False,
+    **options: Any,
+) -> None:
+    """Evaluates and logs the metrics.
+
+    Args:
+        config: Path of the config.
+        checkpoint: Path or address.
+        out: Write the predictions here, as a pickle.
+        deploy: Fold and pack the backbone for inference first.
+        **options: Of :func:`prepare`.
+
+    Raises:
+        ConfigError: A path or setting is wrong, ``out`` has another ending
+            than .pkl or .pickle, or there is nothing to deploy.
+        CheckpointError: The checkpoint cannot be used.
+        DataError: The data is missing or bad.
+    """
+    if out and not out.endswith(('.pkl', '.pickle')):
+        raise ConfigError(f'--out must end in .pkl or .pickle, got {out}')
+    cfg = prepare(config, checkpoint, **options)
+    runner = build_runner(cfg)
+    if out:
+        if cfg.get('default_scope') == 'mmdet':  # keeps masks compressed
+            from mmdet.evaluation import DumpDetResults as DumpResults
+        else:
+            from mmengine.evaluator import DumpResults
+        runner.test_evaluator.metrics.append(DumpResults(out))
+    if deploy:
+        switch_to_deploy(runner)
+    runner.test()
+
+
+def draw_predictions(
+    cfg: Config, show: bool, show_dir: str | None, wait_time: float
+) -> None:
+    """Switches the config's visualization hook on."""
+    hook = cfg.get('default_hooks', {}).get('visualization')
+    if hook is None:
+        raise ConfigError(
+            '--show and --show-dir need default_hooks.visualization in the config'
+        )
+    scope = cfg.get('default_scope')
+    switch = 'enable' if scope == 'mmpretrain' else 'draw'
+    hook.update({switch: True}, show=show, wait_time=wait_time)
+    if show_dir and scope == 'mmseg':
+        cfg.visualizer.save_dir = show_dir
+    elif show_dir:
+        folder = 'out_dir' if scope == 'mmpretrain' else 'test_out_dir'
+        hook[folder] = show_dir
+
+
+def switch_to_deploy(runner: Runner) -> None:
+    """Loads the checkpoint, then switches every ConvNeXt of the model.
+
+    Raises:
+        CheckpointError: The checkpoint cannot be used.
+        ConfigError: The model has none.
+    """
+    backbones = [m for m in runner.model.modules() if isinstance(m, ConvNeXt)]
+    if not backbones:
+        raise ConfigError('--deploy needs a model with a convnext_mm.ConvNeXt')
+    runner.load_or_resume()
+    for backbone in backbones:
+        backbone.switch_to_deploy()
+
+
+def use_test_time_augmentation(cfg: Config, name: str) -> None:
+    """Puts the config's ``tta_model`` around its model and ``tta_pipeline``
+    into its test set. What ``tta_model.module`` holds is merged into the model
+    (the published multi-scale segmentation takes images whole).
+
+    Raises:
+        ConfigError: The config has no such settings.
+    """
+    missing = [key for key in ('tta_model', 'tta_pipeline') if not cfg.get(key)]
+    if missing:
+        raise ConfigError(
+            f'--tta needs {" and ".join(missing)} in the config, which {name} '
+            'does not have; configs/_base_/datasets/ade20k_512x512.py has an '
+            'example for segmentation'
+        )
+    tta_model = cfg.tta_model
+    cfg.merge_from_dict(dict(model=tta_model.pop('module', {})))
+    cfg.model = dict(**tta_model, module=cfg.model)
+    dataset = cfg.test_dataloader.dataset
+    while 'dataset' in dataset:  # RepeatDataset and the like
+        dataset = dataset.dataset
+    dataset.pipeline = cfg.tta_pipeline

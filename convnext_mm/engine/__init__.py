@@ -1,0 +1,1 @@
+"""What trains: optimizer wrappers, hooks, the runner and its launch."""

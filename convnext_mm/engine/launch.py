@@ -1,0 +1,88 @@
+"""Fitting a config to the machine, and its runner."""
+
+import os
+
+import torch.distributed
+from mmengine.config import Config, ConfigDict
+from mmengine.device import get_device
+from mmengine.logging import print_log
+from mmengine.registry import RUNNERS
+
+from .runner import Runner
+
+GPUS = ('cuda', 'npu', 'mlu', 'musa')
+AMP_DEVICES = {  # what the wrappers of mixed precision do not refuse
+    'AmpOptimWrapper': GPUS,
+    'convnext_mm.AmpOptimWrapper': (*GPUS, 'cpu'),
+}
+FUSED_DEVICES = ('cuda', 'cpu', 'mps')  # where PyTorch has fused optimizers
+
+
+def fit_to_device(cfg: Config, device: str | None = None) -> None:
+    """Changes, in place, what a config asks for and a device cannot do.
+
+    Without a device that mixed precision supports, training is in fp32;
+    without one that has fused optimizers, the plain one updates the weights;
+    on a CPU processes talk through gloo and synchronised batch norm, which has
+    no CPU kernel, becomes batch norm. (In a single process MMEngine itself
+    turns it into batch norm and says so.) Each change is one log line.
+
+    Args:
+        cfg: The whole config.
+        device: Device type; by default the one MMEngine picks.
+    """
+    device = device or get_device()
+    optim_wrapper = cfg.get('optim_wrapper') or {}
+    if device not in AMP_DEVICES.get(optim_wrapper.get('type'), (device,)):
+        optim_wrapper.type = 'OptimWrapper'
+        for key in ('loss_scale', 'dtype', 'use_fsdp'):
+            optim_wrapper.pop(key, None)
+        _print_once(f'No mixed precision on {device}: training in fp32.')
+    optimizer = optim_wrapper.get('optimizer') or {}
+    if optimizer.get('fused') and device not in FUSED_DEVICES:
+        optimizer.fused = False
+        _print_once(f'No fused optimizer on {device}: the plain one.')
+    if device != 'cpu':
+        return
+    cfg.setdefault('env_cfg', ConfigDict()).dist_cfg = dict(backend='gloo')
+    if cfg.launcher == 'none':
+        return
+    # device_ids must be None for modules on a CPU; MMEngine would pass one.
+    cfg.model_wrapper_cfg = dict(
+        type='MMDistributedDataParallel',
+        device_ids=None,
+        broadcast_buffers=False,
+        find_unused_parameters=cfg.get('find_unused_parameters', False),
+    )
+    replaced = _replace_sync_bn(cfg.model)
+    if replaced:
+        _print_once(f'No SyncBN on a CPU: {replaced} norm settings use BN.')
+
+
+def _print_once(message: str) -> None:
+    # The process group is not up yet, so the launcher's variable says which.
+    if os.environ.get('RANK', '0') == '0':
+        print_log(message)
+
+
+def _replace_sync_bn(node) -> int:
+    """Turns ``type='SyncBN'`` into BN below ``node``; gives their number."""
+    if isinstance(node, (list, tuple)):
+        return sum(map(_replace_sync_bn, node))
+    if not isinstance(node, dict):
+        return 0
+    count = 0
+    if node.get('type') in ('SyncBN', 'MMSyncBN'):
+        node['type'] = 'BN'
+        count = 1
+    return count + sum(map(_replace_sync_bn, node.values()))
+
+
+def build_runner(cfg: Config) -> Runner:
+    """The runner of a config; on a CPU, starts the process group first."""
+    if cfg.launcher == 'pytorch' and get_device() == 'cpu':
+        # MMEngine's start of a process group selects a CUDA device.
+        torch.distributed.init_process_group('gloo')
+    if 'runner_type' in cfg:
+        return RUNNERS.build(cfg)
+    return Runner.from_cfg(cfg)

@@ -1,0 +1,340 @@
+"""One ConvNeXt block: its parameters, and the place that picks what runs it."""
+
+import functools
+import os
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from mmengine.logging import print_log
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from convnext_mm.ops import deploy, eager, fused, lean, triton
+
+
+class Implementation(NamedTuple):
+    """Functions with the signatures of those of :mod:`.ops.eager`."""
+
+    block: Callable[..., Tensor]
+    downsample: Callable[..., Tensor]
+    norm: Callable[..., Tensor] = eager.norm
+
+
+IMPLEMENTATIONS: dict[str, Implementation] = {
+    'eager': Implementation(eager.block, eager.downsample),
+    'lean': Implementation(lean.block, lean.downsample),
+    'lean+': Implementation(lean.block_plus, lean.downsample),
+    'triton': Implementation(triton.block, triton.downsample, triton.norm),
+}
+IMPL_NAMES = ('auto', *IMPLEMENTATIONS)
+IMPL_VARIABLE = 'CONVNEXT_MM_IMPL'  # overrides every impl, for debugging
+
+
+def select_impl(impl: str, x: Tensor) -> Implementation:
+    """The functions for a requested ``impl`` and an input.
+
+    ``'auto'`` is the best that the device, dtype and shape of ``x`` allow; it
+    never fails. The environment variable ``CONVNEXT_MM_IMPL`` overrides
+    ``impl``. What runs is logged when it is first picked.
+
+    Raises:
+        ValueError: ``CONVNEXT_MM_IMPL`` or ``impl`` is no known name.
+        RuntimeError: ``'triton'`` is asked for where it cannot run.
+    """
+    source = 'impl'
+    if os.environ.get(IMPL_VARIABLE):
+        source, impl = IMPL_VARIABLE, os.environ[IMPL_VARIABLE]
+    if impl not in IMPL_NAMES:
+        raise ValueError(f'unknown {source} {impl!r}; one of {IMPL_NAMES}')
+    name = _best(x) if impl == 'auto' else impl
+    if name == 'triton':
+        reason = triton.why_not(x)
+        if reason is not None:
+            raise RuntimeError(
+                f"{source}='triton' cannot run here: {reason}. "
+                "impl='auto' takes the best that can"
+            )
+    if not torch.compiler.is_compiling():
+        _log_choice(source, impl, name, x.device.type)
+    return IMPLEMENTATIONS[name]
+
+
+def _best(x: Tensor) -> str:
+    if _needs_plain_operators():
+        return 'eager'
+    if x.device.type == 'cpu':
+        return 'lean'
+    if triton.why_not(x) is None and triton.works_on(str(x.device)):
+        return 'triton'
+    return 'eager'
+
+
+def _needs_plain_operators() -> bool:
+    """Whether something looks at the network that knows PyTorch's operators
+    only: exporters, FLOP counters, forward-mode differentiation, torch.func."""
+    # Older PyTorch cannot tell that it exports.
+    is_exporting = getattr(torch.compiler, 'is_exporting', lambda: False)
+    if torch.compiler.is_compiling():
+        return is_exporting()
+    return (
+        torch.jit.is_tracing()
+        or is_exporting()
+        or torch.autograd.forward_ad._current_level >= 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    )
+
+
+@functools.cache  # once for each choice
+def _log_choice(source: str, impl: str, name: str, device: str) -> None:
+    print_log(f'ConvNeXt blocks on {device}: {name!r} ({source}={impl!r})', 'current')
+
+
+class GRN(nn.Module):
+    """Parameters of global response normalisation, shaped (1, 1, 1, C) as in
+    ConvNeXt V2's release. The arithmetic is :func:`convnext_mm.ops.eager.grn`.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.zeros(1, 1, 1, channels))
+        self.beta = nn.Parameter(torch.zeros(1, 1, 1, channels))
+
+
+class Block(nn.Module):
+    """ConvNeXt block, V1 or (with ``use_grn``) V2; keeps shape and strides.
+
+    The submodules hold parameters under the published names; the arithmetic is
+    a function of :mod:`convnext_mm.ops`, so hooks on them are not called.
+
+    Args:
+        channels: C of the (N, C, H, W) input and output.
+        kernel_size: Of the depthwise convolution, odd.
+        mlp_ratio: Hidden channels of the pointwise layers over C.
+        norm_eps: LayerNorm's eps.
+        use_grn: V2: GRN after GELU, no layer scale.
+        drop_path: Probability that a sample skips the block in training.
+        layer_scale_init_value: Initial gamma; 0 or less: no layer scale.
+        with_cp: Recompute the block in backward instead of storing it.
+        dilation: Of the depthwise convolution, padded to keep the size.
+        impl: ``'auto'`` or one implementation's name.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        kernel_size: int = 7,
+        mlp_ratio: float = 4,
+        norm_eps: float = 1e-6,
+        use_grn: bool = False,
+        drop_path: float = 0.0,
+        layer_scale_init_value: float = 1e-6,
+        with_cp: bool = False,
+        dilation: int = 1,
+        impl: str = 'auto',
+    ) -> None:
+        super().__init__()
+        hidden = int(mlp_ratio * channels)
+        self.dwconv = nn.Conv2d(
+            channels,
+            channels,
+            kernel_size,
+            padding=dilation * (kernel_size // 2),
+            dilation=dilation,
+            groups=channels,
+        )
+        self.norm = nn.LayerNorm(channels, eps=norm_eps)
+        self.pwconv1 = nn.Linear(channels, hidden)
+        self.grn = GRN(hidden) if use_grn else None
+        self.pwconv2 = nn.Linear(hidden, channels)
+        self.gamma = None
+        if not use_grn and layer_scale_init_value > 0:
+            self.gamma = nn.Parameter(
+                torch.full((channels,), float(layer_scale_init_value))
+            )
+        self.drop_path = drop_path
+        self.with_cp = with_cp
+        self.impl = impl
+        self.deployed = False
+        self._packed = (None, None)  # what of, and the packed weights
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) to (N, C, H, W)."""
+        # Sampled here, before an implementation is picked and outside of
+        # checkpointing: one seed gives the same decisions whatever runs.
+        drop_scale = self._sample_drop_scale(x)
+        if self.with_cp and torch.is_grad_enabled():
+            return checkpoint(
+                self._run, x, drop_scale, use_reentrant=False, preserve_rng_state=False
+            )
+        return self._run(x, drop_scale)
+
+    @torch.no_grad()
+    def switch_to_deploy(self) -> None:
+        """Folds what :mod:`convnext_mm.ops.deploy` says into the pointwise
+        layers; the folded parameters stay, as 1 and 0. For inference."""
+        for parameter, value in zip(
+            (
+                self.pwconv1.weight,
+                self.pwconv1.bias,
+                self.pwconv2.weight,
+                self.pwconv2.bias,
+            ),
+            self._folded(),
+        ):
+            parameter.copy_(value)
+        self.norm.weight.fill_(1)
+        self.norm.bias.zero_()
+        if self.gamma is not None:
+            self.gamma.fill_(1)
+        if self.grn is not None:
+            self.grn.beta.zero_()
+        self.deployed = True
+        self._packed = (None, None)
+
+    def _folded(self) -> tuple[Tensor, ...]:
+        return deploy.fold(
+            self.norm.weight,
+            self.norm.bias,
+            self.pwconv1.weight,
+            self.pwconv1.bias,
+            self.pwconv2.weight,
+            self.pwconv2.bias,
+            self.gamma,
+            self.grn.beta if self.grn is not None else None,
+        )
+
+    def _run_deployed(self, x: Tensor) -> Tensor:
+        dtype = fused.compute_dtype(x)
+        # Loading or moving weights must not leave an old copy in use.
+        source = (
+            dtype,
+            *(
+                (p.device, p.data_ptr(), 0 if p.is_inference() else p._version)
+                for p in self.parameters()
+            ),
+        )
+        if self._packed[0] != source:
+            self._packed = (
+                source,
+                deploy.pack(
+                    self.dwconv.weight,
+                    self.dwconv.bias,
+                    self._folded(),
+                    self.grn.gamma if self.grn is not None else None,
+                    dtype,
+                ),
+            )
+        return deploy.block(
+            x,
+            self._packed[1],
+            fused.out_dtype(x, self.gamma, dtype),
+            eps=self.norm.eps,
+            dilation=self.dwconv.dilation[0],
+        )
+
+    def __getstate__(self) -> dict:
+        # Reordered weights can be neither copied nor pickled.
+        return {**super().__getstate__(), '_packed': (None, None)}
+
+    def _run(self, x: Tensor, drop_scale: Tensor | None) -> Tensor:
+        implementation = select_impl(self.impl, x)
+        if (
+            self.deployed
+            and implementation.block in (lean.block, lean.block_plus)
+            and not torch.is_grad_enabled()
+            and not torch.compiler.is_compiling()
+        ):
+            return self._run_deployed(x)
+        return implementation.block(
+            x,
+            self.dwconv.weight,
+            self.dwconv.bias,
+            self.norm.weight,
+            self.norm.bias,
+            self.pwconv1.weight,
+            self.pwconv1.bias,
+            self.pwconv2.weight,
+            self.pwconv2.bias,
+            self.gamma,
+            self.grn.gamma if self.grn is not None else None,
+            self.grn.beta if self.grn is not None else None,
+            drop_scale,
+            eps=self.norm.eps,
+            dilation=self.dwconv.dilation[0],
+        )
+
+    def _sample_drop_scale(self, x: Tensor) -> Tensor | None:
+        """(N,) fp32 scales of stochastic depth (arXiv 1603.09382), or None."""
+        if not self.training or self.drop_path == 0:
+            return None
+        keep = 1 - self.drop_path
+        return (torch.rand(len(x), device=x.device) < keep) / keep
+
+    def extra_repr(self) -> str:
+        return (
+            f'drop_path={self.drop_path:.3g}, with_cp={self.with_cp}, '
+            f'impl={self.impl!r}'
+        )
+
+
+class LayerNorm2d(nn.LayerNorm):
+    """LayerNorm over the channels of (N, C, H, W).
+
+    Args:
+        channels: C.
+        eps: Added to the variance.
+        impl: ``'auto'`` or one implementation's name.
+        channels_last: Strides of the output; else contiguous.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        eps: float = 1e-6,
+        impl: str = 'auto',
+        channels_last: bool = True,
+    ) -> None:
+        super().__init__(channels, eps=eps)
+        self.impl = impl
+        self.channels_last = channels_last
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) to (N, C, H, W)."""
+        return select_impl(self.impl, x).norm(
+            x, self.weight, self.bias, eps=self.eps, channels_last=self.channels_last
+        )
+
+
+class Downsample(nn.Sequential):
+    """The layer before a stage but the first: LayerNorm, then a convolution.
+
+    Like :class:`Block` it holds parameters under the published names, and
+    calls no hooks on its submodules.
+
+    Args:
+        norm: LayerNorm over the channels of (N, C, H, W).
+        conv: The convolution.
+        impl: ``'auto'`` or one implementation's name.
+    """
+
+    def __init__(self, norm: nn.LayerNorm, conv: nn.Conv2d, impl: str = 'auto') -> None:
+        super().__init__(norm, conv)
+        self.impl = impl
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) to (N, D, H / 2, W / 2) at the usual stride."""
+        norm, conv = self
+        if type(conv) is not nn.Conv2d:  # it does more than convolve
+            return super().forward(x)
+        return select_impl(self.impl, x).downsample(
+            x,
+            norm.weight,
+            norm.bias,
+            conv.weight,
+            conv.bias,
+            eps=norm.eps,
+            stride=conv.stride,
+            padding=conv.padding,
+            dilation=conv.dilation,
+        )

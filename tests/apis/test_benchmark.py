@@ -1,0 +1,453 @@
+"""The benchmark runs, checks what it compares, and its results can be drawn."""
+
+import json
+import re
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import benchmark
+import make_benchmark_tables
+import plot_benchmark
+from convnext_mm import ConvNeXt
+from convnext_mm.analysis.floor import Rates, backbone_cost
+from convnext_mm.analysis.meter import Meter, Step
+from convnext_mm.apis.benchmark import Settings, bench, capacity, networks, plot
+from repo import ROOT
+
+SMALL = ['--arch', 'atto', '--size', '64', '64', '--rounds', '2']
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """The benchmark sets the number of threads."""
+    count = torch.get_num_threads()
+    yield
+    torch.set_num_threads(count)
+
+
+@pytest.fixture(autouse=True)
+def small_products(monkeypatch):
+    """Rates measured in milliseconds."""
+    monkeypatch.setattr('convnext_mm.analysis.floor.MATRIX_SIZE', dict(cpu=256))
+    monkeypatch.setattr('convnext_mm.analysis.floor.COPY_VALUES', dict(cpu=2**20))
+
+
+def run(path, *arguments):
+    benchmark.main([*SMALL, '--out', str(path), *arguments])
+    return json.loads(path.read_text())
+
+
+def refusal(capsys, *arguments):
+    """What the benchmark says to arguments that it refuses."""
+    with pytest.raises(SystemExit) as caught:
+        benchmark.main([*arguments, '--out', 'never_written.json'])
+    return capsys.readouterr().err + str(caught.value)
+
+
+def test_results_and_plot(tmp_path):
+    path = tmp_path / 'result.json'
+    result = run(
+        path, '--batch', '1', '--networks', 'paper', 'eager', 'lean', 'lean+deploy'
+    )
+    assert result['command'].startswith('python tools/benchmark.py --arch')
+    assert result['machine']['threads'] == 1
+    assert torch.__version__.startswith(result['versions']['torch'])
+    # Inference, training and memory, in three dtypes.
+    assert len(result['rows']) == 3 * (4 + 3 + 3)
+    saved = {
+        r['network']: r['saved_bytes']
+        for r in result['rows']
+        if r['mode'] == 'memory' and r['dtype'] == 'fp32'
+    }
+    assert saved['lean'] < saved['eager'] < saved['paper']
+    rates = result['rates']
+    for row in result['rows']:
+        if row['mode'] == 'memory':
+            continue
+        low, high = row['quartiles_ms']
+        assert 0 < low <= row['median_ms'] <= high
+        cost = result['costs'][f'{row["mode"]}, {row["dtype"]}']
+        rate = rates['matrix_flops_per_s'][
+            'float32' if row['dtype'] == 'fp32' else 'bfloat16'
+        ]
+        assert row['floor_ms'] == pytest.approx(
+            1e3
+            * max(
+                cost['matrix_flops'] / rate, cost['least_bytes'] / rates['bytes_per_s']
+            )
+        )
+        assert row['share_of_floor'] == pytest.approx(
+            row['floor_ms'] / row['median_ms']
+        )
+    assert result['skipped'] == {}
+    plot_benchmark.main([str(path), '--out', str(tmp_path / 'plot.png')])
+    assert (tmp_path / 'plot.png').stat().st_size > 10_000
+
+
+@pytest.mark.parametrize('arch', ['atto', 'tiny'])
+@pytest.mark.parametrize('size', [(64, 96), (70, 52)])
+def test_flops_are_what_pytorch_counts(arch, size):
+    cost = backbone_cost(arch, 2, size, 'infer', 2)
+    with torch.device('meta'), FlopCounterMode(display=False) as counter:
+        model = ConvNeXt(arch, impl='eager')
+        model(torch.rand(2, 3, *size))
+    assert cost.matrix_flops + cost.depthwise_flops == counter.get_total_flops()
+    assert cost.parameters == sum(p.numel() for p in model.parameters())
+
+
+def test_cost_of_the_published_case():
+    """ConvNeXt-T, a train step at 2 x 3 x 800 x 1344 in 16 bit: 1.15 TFLOP,
+    3 x 4.5 G multiply-adds of them depthwise; 118 C bytes for each pixel and
+    block."""
+    cost = backbone_cost('tiny', 2, (800, 1344), 'train', 2)
+    assert cost.matrix_flops + cost.depthwise_flops == pytest.approx(1.15e12, rel=0.01)
+    assert cost.depthwise_flops == pytest.approx(2 * 3 * 4.5e9, rel=0.01)
+    pixels = 2 * 200 * 336
+    assert cost.least_bytes == 118 * (
+        pixels * 3 * 96
+        + pixels // 4 * 3 * 192
+        + pixels // 16 * 9 * 384
+        + pixels // 64 * 3 * 768
+    )
+    assert round(cost.parameters / 1e6, 1) == 27.8
+
+
+def test_the_slower_limit_is_the_floor(monkeypatch):
+    rates = Rates('cpu', Meter('cpu').now)
+    monkeypatch.setattr(rates, 'matrix', lambda dtype: 790e12)
+    monkeypatch.setattr(rates, 'bandwidth', lambda: 4.3e12)
+    assert rates.floor_ms(1.15e12, 11e9, torch.bfloat16) == pytest.approx(
+        2.56, abs=0.01
+    )
+    assert rates.floor_ms(7.9e12, 11e9, torch.bfloat16) == pytest.approx(10)
+
+
+def test_rates_are_of_this_machine():
+    rates = Rates('cpu', Meter('cpu').now)
+    assert 1e8 < rates.matrix(torch.float32) < 1e14
+    assert 1e7 < rates.bandwidth() < 1e13
+    assert rates.measured() == dict(
+        matrix_flops_per_s=dict(float32=rates.matrix(torch.float32)),
+        bytes_per_s=rates.bandwidth(),
+    )
+
+
+def test_steps_take_turns():
+    turns = []
+    steps = {
+        name: Step(
+            lambda name=name: turns.append(name),
+            lambda name=name: turns.append(f'{name} reset'),
+        )
+        for name in 'ab'
+    }
+    results = Meter('cpu').times(steps, rounds=2, warmup=1)
+    assert turns == ['a', 'a reset', 'b', 'b reset'] * 3
+    assert len(results['a']['times_ms']) == 2
+
+
+def test_16_bit_keeps_half(tmp_path):
+    result = run(
+        tmp_path / 'result.json',
+        '--mode',
+        'memory',
+        '--dtype',
+        'fp16',
+        'fp32',
+        'bf16',
+        'amp-fp16',
+        '--networks',
+        'eager',
+        'lean',
+    )
+    saved = {(r['network'], r['dtype']): r['saved_bytes'] for r in result['rows']}
+    for network in ('eager', 'lean'):
+        whole = saved[network, 'fp32']
+        assert saved[network, 'fp16'] == saved[network, 'bf16']
+        assert saved[network, 'fp16'] == pytest.approx(whole / 2, rel=0.05)
+    # The residual stream stays in fp32 under autocast. (Eager keeps 16-bit
+    # copies of the weights, too.)
+    assert saved['lean', 'fp16'] < saved['lean', 'amp-fp16'] < saved['lean', 'fp32']
+
+
+def test_peers_get_the_same_weights(tmp_path):
+    for library in networks.PEER_MODULES:
+        pytest.importorskip(library)
+    result = run(tmp_path / 'result.json', '--mode', 'memory', '--dtype', 'fp32')
+    assert result['skipped'] == {}
+    assert {r['network'] for r in result['rows']} >= {*networks.PEERS}
+
+
+def test_peers_that_are_missing_or_differ_are_skipped(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(networks.PEER_MODULES, 'timm', 'no_such_package')
+    monkeypatch.setattr(
+        networks.Paper,
+        'norm',
+        staticmethod(lambda x, norm: torch.full_like(x, float('nan'))),
+    )
+    result = run(
+        tmp_path / 'result.json',
+        '--mode',
+        'memory',
+        '--dtype',
+        'fp32',
+        '--networks',
+        'timm',
+        'paper',
+        'eager',
+    )
+    assert [r['network'] for r in result['rows']] == ['eager']
+    assert result['skipped'] == dict(
+        timm="ModuleNotFoundError: No module named 'no_such_package'",
+        paper='paper and eager differ by inf of the largest value, more than 1e-04',
+    )
+    assert 'skipped timm: ModuleNotFoundError' in capsys.readouterr().out
+
+
+def test_whole_models_without_mmpretrain(monkeypatch):
+    pytest.importorskip('mmseg')
+    monkeypatch.setitem(networks.PEER_MODULES, 'mmpretrain', 'no_such_package')
+    settings = Settings(mode=['segmentor'])
+    models = bench.ModelBench(settings, Meter('cpu'), None)
+    assert models.names == ['auto'] and settings.size == (512, 512)
+    assert 'no_such_package' in models.skipped['mmpretrain']
+
+
+def test_different_networks_of_ours_are_refused(monkeypatch, tmp_path):
+    build_ours = networks.build_ours
+
+    def broken(*args):
+        network = build_ours(*args)
+        with torch.no_grad():
+            network.norm3.bias.add_(1)
+        return network
+
+    monkeypatch.setattr(networks, 'build_ours', broken)
+    with pytest.raises(SystemExit, match='lean and eager differ'):
+        run(tmp_path / 'result.json', '--networks', 'lean')
+
+
+def test_compiled_networks_take_part(tmp_path):
+    pytest.importorskip('timm')
+    result = run(
+        tmp_path / 'result.json',
+        '--mode',
+        'train',
+        '--dtype',
+        'fp32',
+        '--networks',
+        'timm',
+        'lean',
+        '--compile',
+        'timm',
+        '--compile-backend',
+        'aot_eager',
+    )
+    assert result['skipped'] == {}
+    assert [r['network'] for r in result['rows']] == ['timm', 'lean', 'timm compiled']
+
+
+@pytest.mark.parametrize('fault', ['raises', 'is wrong'])
+def test_a_network_that_does_not_compile_is_named(tmp_path, monkeypatch, fault):
+
+    class Compiled(nn.Module):
+        def __init__(self, network):
+            super().__init__()
+            self.network = network
+
+        def forward(self, x):
+            if fault == 'raises':
+                raise RuntimeError('no kernel\nand a long story')
+            return [y + 1 for y in self.network(x)]
+
+    monkeypatch.setattr(torch, 'compile', lambda model, **_: Compiled(model))
+    result = run(
+        tmp_path / 'result.json',
+        '--mode',
+        'infer',
+        '--dtype',
+        'fp32',
+        '--networks',
+        'eager',
+        '--compile',
+        'eager',
+    )
+    assert [r['network'] for r in result['rows']] == ['eager']
+    reason = result['skipped']['eager compiled, infer, fp32']
+    assert (
+        reason == 'RuntimeError: no kernel'
+        if fault == 'raises'
+        else 'of the largest value from the same network' in reason
+    )
+
+
+@pytest.mark.parametrize('task', ['detector', 'segmentor'])
+def test_whole_models(task, tmp_path):
+    for package in ('mmcv.ops', 'mmdet', 'mmseg', 'mmpretrain'):
+        pytest.importorskip(package)
+    path = tmp_path / 'result.json'
+    result = run(path, '--mode', task, '--warmup', '0')
+    ours, theirs = result['rows']
+    assert (ours['network'], theirs['network']) == ('auto', 'mmpretrain')
+    for row in result['rows']:
+        assert (row['mode'], row['dtype']) == (task, 'fp32')
+        assert len(row['times_ms']) == 2 and row['share_of_floor'] > 0
+    cost = result['costs'][f'{task}, fp32']
+    backbone = backbone_cost('atto', 2, (64, 64), 'train', 4)
+    assert cost['parameters'] > backbone.parameters
+    assert cost['matrix_flops'] > backbone.matrix_flops
+    assert cost['least_bytes'] == backbone.least_bytes
+    plot_benchmark.main([str(path), '--out', str(tmp_path / 'plot.png')])
+    assert (tmp_path / 'plot.png').stat().st_size > 5_000
+
+
+def test_both_backbones_give_the_same_loss():
+    for package in ('mmseg', 'mmpretrain'):
+        pytest.importorskip(package)
+    from convnext_mm.apis.benchmark.models import Training
+
+    training = Training(
+        'segmentor', ['mmpretrain', 'lean'], 'atto', 2, (64, 96), 'fp32', 'cpu'
+    )
+    assert [*training.models] == ['lean', 'mmpretrain']
+    losses = {name: training.loss(name).item() for name in training.models}
+    assert losses['lean'] == pytest.approx(losses['mmpretrain'], rel=1e-5)
+    groups = {
+        name: len(wrapper.param_groups)
+        for name, wrapper in training.optim_wrappers.items()
+    }
+    assert groups['lean'] == groups['mmpretrain'] > 1
+    assert all(model.backbone.training for model in training.models.values())
+    weight = training.models['lean'].backbone.stages[0][0].dwconv.weight
+    before = weight.detach().clone()
+    training.step('lean').run()
+    assert not torch.equal(weight, before)  # the optimizer took part
+    with pytest.raises(SystemExit, match='the maps of mmpretrain and lean'):
+        training.check_equal()
+
+
+@pytest.mark.parametrize('most', [0, 1, 5, 9])
+@pytest.mark.parametrize('guess', [-3, 1, 4, 12])
+def test_largest_batch(most, guess):
+    tried = []
+
+    def fits(batch):
+        tried.append(batch)
+        return batch <= most
+
+    assert capacity.largest_batch(fits, guess) == most
+    assert len(tried) <= abs(most - max(guess, 1)) + 2
+
+
+def test_largest_batch_for_a_memory(monkeypatch):
+    """A GPU of 141 GiB on which a model takes 2 GiB and 3 GiB an image, and
+    the driver 1 GiB: 24 GiB are enough for 7 images."""
+    gib = 2**30
+    limits = []
+
+    class Training:
+        batch = 0
+
+        def set_batch(self, batch):
+            self.batch = batch
+
+        def step(self, name):
+            return Step(self.run)
+
+        def run(self):
+            if limits and (2 + 3 * self.batch) * gib > limits[-1] * 141 * gib:
+                raise torch.cuda.OutOfMemoryError
+
+        optim_wrappers = dict(auto=torch.optim.SGD([torch.zeros(1)], lr=1.0))
+
+    training = Training()
+    for name, value in dict(
+        mem_get_info=lambda: (138 * gib, 141 * gib),
+        memory_reserved=lambda: 2 * gib,
+        max_memory_allocated=lambda: (2 + 3 * training.batch) * gib,
+        reset_peak_memory_stats=lambda: None,
+        empty_cache=lambda: None,
+        set_per_process_memory_fraction=limits.append,
+    ).items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    assert capacity.largest_training_batch(training, 'auto', 24) == 7
+    assert limits == [pytest.approx(23 / 141), 1.0]
+
+
+def test_bad_arguments(tmp_path, capsys):
+    assert '--threads 1' in refusal(capsys, '--clock', 'cpu', '--threads', '2')
+    assert 'not 1' in refusal(capsys, '--rounds', '1')
+    assert 'run alone' in refusal(capsys, '--mode', 'train', 'detector')
+    assert 'fp32, amp or amp-fp16' in refusal(
+        capsys, '--mode', 'detector', '--dtype', 'bf16'
+    )
+    assert '--networks timm' in refusal(
+        capsys, '--mode', 'segmentor', '--networks', 'timm'
+    )
+    assert '--device cuda' in refusal(capsys, '--mode', 'segmentor', '--fit-gib', '24')
+    assert 'detector or segmentor' in refusal(capsys, '--fit-gib', '24')
+    if not torch.cuda.is_available():
+        assert 'no GPU' in refusal(capsys, '--device', 'cuda')
+    other = tmp_path / 'other.json'
+    other.write_text('{}')
+    with pytest.raises(SystemExit, match='no result'):
+        plot_benchmark.main([str(other), '--out', str(tmp_path / 'x.png')])
+
+
+def test_fp16_of_a_whole_model_needs_a_gpu(capsys):
+    pytest.importorskip('mmseg')
+    assert 'a CPU takes amp (bf16) and fp32' in refusal(
+        capsys, '--arch', 'atto', '--mode', 'segmentor', '--dtype', 'amp-fp16'
+    )
+
+
+def test_plot_of_memory_and_batches(tmp_path):
+    """What only a GPU gives."""
+    row = dict(
+        network='auto',
+        mode='detector',
+        dtype='amp',
+        median_ms=3.0,
+        quartiles_ms=[2.0, 4.0],
+        floor_ms=1.0,
+        peak_bytes=3 * 2**20,
+        largest_batch={'24': 11},
+    )
+    path = tmp_path / 'result.json'
+    path.write_text(json.dumps(dict(arch='tiny', batch=2, size=[64, 96], rows=[row])))
+    panels = plot.read_panels([str(path)])
+    title = 'detector, bf16 autocast\ntiny, 2x3x64x96'
+    assert {key[1:]: bars[0].value for key, bars in panels.items()} == {
+        (title, 'ms'): 3,
+        (title, 'MiB at the peak'): 3,
+        (title, 'images that fit in 24 GiB'): 11,
+    }
+
+
+def test_tables_are_current():
+    assert make_benchmark_tables.main(['--check']) == 0
+
+
+def test_tables_that_are_not(tmp_path, monkeypatch, capsys):
+    (tmp_path / 'benchmarks').symlink_to(ROOT / 'benchmarks')
+    (tmp_path / 'docs').mkdir()
+    for page in make_benchmark_tables.TABLES:
+        text = (ROOT / page).read_text()
+        (tmp_path / page).write_text(
+            re.sub(r'\| fp32 \| \d+% \|', '| fp32 | 1% |', text, count=1)
+        )
+    monkeypatch.setattr(make_benchmark_tables, 'ROOT', tmp_path)
+    assert make_benchmark_tables.main(['--check']) == 1
+    assert 'README.md is not current' in capsys.readouterr().out
+    assert make_benchmark_tables.main([]) == 0
+    assert make_benchmark_tables.main(['--check']) == 0
+    readme = (tmp_path / 'README.md').read_text()
+    assert readme == (ROOT / 'README.md').read_text()
+    table = readme[readme.index('tools/maintenance/make_benchmark_tables.py') :]
+    assert ' ms' not in table[: table.index('<!-- end -->')]  # ratios only
+    (tmp_path / 'README.md').write_text('no marks')
+    with pytest.raises(SystemExit, match="0 places for the table 'ratios'"):
+        make_benchmark_tables.main([])

@@ -1,0 +1,223 @@
+"""Whole runs through the command-line tools, on a CPU."""
+
+import json
+import os
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from convnext_mm.datasets import write_shapes
+from convnext_mm.engine.optimizers.amp import has_bf16
+from repo import COCO_TINY, FEW_ITERATIONS, ROOT, SHAPES, free_port, records, run, tool
+
+
+def metrics(work_dir):
+    last = [r for r in records(work_dir) if any(k.startswith('coco/') for k in r)][-1]
+    return {k: v for k, v in last.items() if k.startswith('coco/')}
+
+
+def metrics_of_test(work_dir):
+    """test.py writes its metrics as one json of its own."""
+    path = max(work_dir.glob('*/*.json'), key=os.path.getmtime)
+    return {
+        k: v for k, v in json.loads(path.read_text()).items() if k.startswith('coco/')
+    }
+
+
+@pytest.fixture(scope='module')
+def shapes(tmp_path_factory):
+    path = tmp_path_factory.mktemp('shapes')
+    write_shapes(path, num_train=12, num_val=4, size=192)
+    return path
+
+
+@pytest.mark.slow
+def test_train_test_resume(shapes, tmp_path):
+    common = ('--data-root', shapes, '--cfg-options', *FEW_ITERATIONS)
+    said = tool('train', SHAPES, '--work-dir', tmp_path / 'a', '--amp', *common)
+    dtype = 'bfloat16' if has_bf16('cpu') else 'full'
+    assert f'Training on cpu in {dtype} precision' in said
+    assert 'Layer decay: layer_wise, rate 1.0' in said
+    assert 'coco/segm_mAP' in said or 'segm_mAP' in said
+    trained = metrics(tmp_path / 'a')
+    assert 'coco/bbox_mAP_50' in trained and 'coco/segm_mAP_50' in trained
+
+    said = tool(
+        'test',
+        SHAPES,
+        tmp_path / 'a' / 'iter_6.pth',
+        '--work-dir',
+        tmp_path / 'b',
+        '--show-dir',
+        'pictures',
+        *common,
+    )
+    assert metrics_of_test(tmp_path / 'b') == trained
+    assert list((tmp_path / 'b').glob('*/pictures/*.png'))
+    tool(
+        'test',
+        SHAPES,
+        tmp_path / 'a' / 'iter_6.pth',
+        '--work-dir',
+        tmp_path / 'c',
+        '--deploy',
+        *common,
+    )
+    assert metrics_of_test(tmp_path / 'c') == pytest.approx(trained, abs=0.005)
+
+    before = torch.load(tmp_path / 'a' / 'iter_6.pth', weights_only=False)
+    tool(
+        'train',
+        SHAPES,
+        '--work-dir',
+        tmp_path / 'a',
+        '--resume',
+        *common,
+        'train_cfg.max_iters=7',
+    )
+    steps = [r['step'] for r in records(tmp_path / 'a') if 'loss' in r]
+    assert steps == list(range(1, 8))
+    after = torch.load(tmp_path / 'a' / 'iter_7.pth', weights_only=False)
+    assert after['meta']['iter'] == 7 and before['meta']['iter'] == 6
+    counts = [state['step'] for state in after['optimizer']['state'].values()]
+    assert all(int(count) == 7 for count in counts)
+
+
+@pytest.mark.slow
+def test_two_deterministic_runs_give_identical_weights(shapes, tmp_path):
+    weights = []
+    for name in 'ab':
+        tool(
+            'train',
+            SHAPES,
+            '--data-root',
+            shapes,
+            '--work-dir',
+            tmp_path / name,
+            '--cfg-options',
+            *FEW_ITERATIONS,
+            'randomness.deterministic=True',
+            'train_cfg.val_interval=100',
+            'model.backbone.drop_path_rate=0.3',
+        )
+        weights.append(
+            torch.load(tmp_path / name / 'iter_6.pth', weights_only=False)['state_dict']
+        )
+    assert all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
+
+
+@pytest.mark.slow
+def test_dist_train_on_a_cpu(shapes, tmp_path):
+    config = tmp_path / 'sync_bn.py'
+    config.write_text(f"""_base_ = {str(ROOT / SHAPES)!r}
+norm_cfg = dict(_delete_=True, type='SyncBN')
+model = dict(neck=dict(norm_cfg=norm_cfg),
+             roi_head=dict(bbox_head=dict(norm_cfg=norm_cfg)))
+""")
+    said = run(
+        'bash',
+        'tools/dist_train.sh',
+        config,
+        2,
+        '--data-root',
+        shapes,
+        '--work-dir',
+        tmp_path,
+        '--cfg-options',
+        *FEW_ITERATIONS,
+        port=free_port(),
+    )
+    assert said.count('No SyncBN on a CPU: 2 norm settings use BN') == 1
+    trained = metrics(tmp_path)
+    run(
+        'bash',
+        'tools/dist_test.sh',
+        config,
+        tmp_path / 'iter_6.pth',
+        2,
+        '--data-root',
+        shapes,
+        '--work-dir',
+        tmp_path / 'test',
+        '--cfg-options',
+        *FEW_ITERATIONS,
+        port=free_port(),
+    )
+    assert metrics_of_test(tmp_path / 'test') == trained
+
+
+def test_dist_scripts_say_what_is_missing():
+    assert 'usage: bash tools/dist_train.sh CONFIG' in run(
+        'bash', 'tools/dist_train.sh', check=False
+    )
+    said = run('bash', 'tools/dist_test.sh', SHAPES, 'a.pth', check=False)
+    assert 'say how many processes' in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('processes', [1, 2])
+def test_real_coco_images(shared_dir, tmp_path, processes):
+    data = ('--data-root', shared_dir / 'data' / 'coco_tiny')
+    common = (*data, '--work-dir', tmp_path)
+    if processes == 1:
+        tool('train', COCO_TINY, *common)
+    else:
+        run('bash', 'tools/dist_train.sh', COCO_TINY, 2, *common, port=free_port())
+    losses = [r['loss'] for r in records(tmp_path) if 'loss' in r]
+    assert np.isfinite(losses).all()
+    # Each record is a mean over a window: compare first and last quarters.
+    quarter = max(1, len(losses) // 4)
+    assert np.mean(losses[-quarter:]) < 0.8 * np.mean(losses[:quarter])
+    trained = metrics(tmp_path)
+    tool(
+        'test',
+        COCO_TINY,
+        tmp_path / 'epoch_2.pth',
+        *data,
+        '--work-dir',
+        tmp_path / 'test',
+    )
+    tested = metrics_of_test(tmp_path / 'test')
+    assert set(tested) == set(trained) and 'coco/segm_mAP_50' in tested
+    for name, value in tested.items():
+        assert value == pytest.approx(trained[name], abs=1e-3), name
+    tool(
+        'train',
+        COCO_TINY,
+        *common,
+        '--resume',
+        '--cfg-options',
+        'train_cfg.max_epochs=3',
+    )
+    epochs = [r['epoch'] for r in records(tmp_path) if 'loss' in r]
+    assert epochs == sorted(epochs) and set(epochs) == {1, 2, 3}
+
+
+@pytest.mark.slow
+def test_demo_shows_and_judges(tmp_path):
+    """A few iterations: everything is drawn, and the figures are missed."""
+    data = tmp_path / 'shapes'
+    write_shapes(data, num_train=8, num_val=4, size=192)
+    said = run(
+        sys.executable,
+        'tools/demo.py',
+        SHAPES,
+        '--data-root',
+        data,
+        '--work-dir',
+        tmp_path / 'work',
+        '--require',
+        'bbox_mAP_50=0.70',
+        '--cfg-options',
+        *FEW_ITERATIONS,
+        check=False,
+    )
+    assert 'NOT REACHED' in said and 'did not reach' in said, said[-3000:]
+    assert 'bash tools/dist_train.sh' in said
+    assert len(list((tmp_path / 'work' / 'pictures').glob('*.png'))) == 4
+    steps = [r['step'] for r in records(tmp_path / 'work') if 'loss' not in r]
+    assert steps == [3, 6]
+    for name in ('overview.png', 'curves.png'):
+        assert (tmp_path / 'work' / name).stat().st_size > 10_000

@@ -1,0 +1,522 @@
+"""The Triton kernels against plain PyTorch in Triton's interpreter, which is
+slow, so shapes are small; and compiled, on a GPU where there is one."""
+
+import functools
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+import block_cases
+from block_cases import NAMES, SMALL, assert_equals_eager, relative, run, run_backbone
+from convnext_mm import ConvNeXt
+from convnext_mm.models import block as block_module
+from convnext_mm.models.block import Block
+from convnext_mm.models.convnext import ARCHS
+from convnext_mm.ops import eager, fused
+from convnext_mm.ops import triton as triton_ops
+
+pytest.importorskip('triton')
+from convnext_mm.ops.triton import launch
+from convnext_mm.ops.triton import operators as kernels
+
+# The interpreter takes its time: 3 x 3 unless 7 x 7 is what is tested.
+arguments = functools.partial(block_cases.arguments, kernel=3)
+
+
+@pytest.fixture(params=['library', 'fused'])
+def products(request, monkeypatch):
+    """Matrix products by PyTorch, or with what follows them in one kernel."""
+    monkeypatch.setattr(
+        launch, 'fixed_choice', {'library': 0, 'fused': -1}[request.param]
+    )
+    return request.param
+
+
+@pytest.mark.parametrize(
+    'kernel, version, scale, dilation, samples, size',
+    [
+        (7, 1, 1.0, 1, 3, (9, 11)),
+        (3, 1, 1e-6, 1, 2, (9, 11)),
+        (3, 1, None, 1, 2, (4, 5)),
+        (7, 2, None, 1, 2, (5, 6)),
+        (3, 1, 1.0, 2, 2, (5, 17)),
+        (7, 1, 1.0, 4, 1, (13, 6)),
+        (3, 2, None, 2, 3, (9, 11)),
+    ],
+)
+def test_block_equals_eager(kernel, version, scale, dilation, samples, size):
+    values, drop_scale = arguments(
+        kernel=kernel, size=size, samples=samples, version=version, scale=scale
+    )
+    drop_scale = drop_scale if samples > 1 else None
+    assert_equals_eager('triton', values, drop_scale, dilation=dilation)
+
+
+@pytest.mark.parametrize('channels', [5, 24, 40, 96, 176])
+def test_block_of_channel_counts(channels):
+    values, _ = arguments(channels, size=(2, 3), samples=1)
+    assert_equals_eager('triton', values, None)
+
+
+@pytest.mark.parametrize(
+    'channels', sorted({c for arch in ARCHS.values() for c in arch.channels})
+)
+def test_kernels_of_every_channel_count(channels):
+    """Those with all channels in one tile, and the weight gradient."""
+    torch.manual_seed(0)
+    x, grad = torch.randn(2, 2, 2, 3, channels)
+    values = [
+        x.permute(0, 3, 1, 2),
+        torch.randn(channels, 1, 3, 3),
+        *torch.randn(3, channels),
+    ]
+    values = [v.requires_grad_() for v in values]
+    out, normed = launch.depthwise(
+        x, *(v.detach() for v in values[1:3]), 1, norm=(values[3], values[4], 1e-6)
+    )
+    expected = torch.nn.functional.conv2d(
+        *values[:3], padding=1, groups=channels
+    ).permute(0, 2, 3, 1)
+    torch.testing.assert_close(out, expected)
+    expected_normed = torch.nn.functional.layer_norm(
+        expected, (channels,), *values[3:], 1e-6
+    )
+    torch.testing.assert_close(normed, expected_normed)
+    got = launch.layer_norm_backward(
+        grad.flatten(1, 2), out.detach().flatten(1, 2), values[3], values[4], 1e-6
+    )
+    expected_grads = torch.autograd.grad(
+        expected_normed, [expected, *values[3:]], grad, retain_graph=True
+    )
+    for a, b in zip(got, expected_grads):
+        torch.testing.assert_close(a, b.view(a.shape), rtol=1e-4, atol=1e-4)
+    got = launch.depthwise_weight_grad(x, grad, 3, 1)
+    for a, b in zip(got, torch.autograd.grad(expected, values[1:3], grad)):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize('kernel, channels_last', [(1, True), (3, False), (11, True)])
+def test_block_of_other_kernels_and_layouts(kernel, channels_last):
+    values, drop_scale = arguments(kernel=kernel, size=(6, 5))
+    if not channels_last:
+        values['x'] = values['x'].detach().contiguous().requires_grad_()
+    assert_equals_eager('triton', values, drop_scale)
+    out = kernels.block(**values)
+    assert out.is_contiguous() != channels_last
+
+
+@pytest.mark.parametrize('version, scale', [(1, 1.0), (1, 1e-6), (2, None)])
+@pytest.mark.parametrize(
+    'dtype, pure',
+    [(torch.bfloat16, False), (torch.float16, False), (torch.float16, True)],
+)
+def test_16_bit_is_as_accurate_as_eager(version, scale, dtype, pure, products):
+    """Against fp64 no worse than 1.5 times eager's error; twice that in bf16,
+    which Triton's interpreter truncates where a GPU rounds."""
+    values, drop_scale = arguments(
+        32,
+        (9, 10),
+        samples=2,
+        version=version,
+        scale=scale,
+        dtype=dtype if pure else torch.float32,
+    )
+    exact = run(
+        'eager',
+        {k: v.detach().double().requires_grad_() for k, v in values.items()},
+        drop_scale,
+    )
+    plain, got = (
+        run(name, values, drop_scale, autocast=None if pure else dtype)
+        for name in ('eager', 'triton')
+    )
+    limit = 3.0 if dtype == torch.bfloat16 else 1.5
+
+    def error(value, key):
+        return (value.double() - exact[key]).norm()
+
+    for key, value in got.items():
+        assert value.dtype == plain[key].dtype, key
+        assert error(value, key) <= limit * error(plain[key], key), key
+
+
+@pytest.mark.parametrize('bad', [float('nan'), float('inf')])
+@pytest.mark.parametrize('version', [1, 2])
+def test_non_finite_inputs_stay_where_they_were(bad, version):
+    values, drop_scale = arguments(size=(9, 8), version=version)
+    with torch.no_grad():
+        values['x'][1, 3, 2, 4] = bad
+    got, expected = (run(name, values, drop_scale) for name in ('triton', 'eager'))
+    for key in ('out', 'x', 'dwconv_weight', 'norm_weight'):
+        assert torch.equal(got[key].isfinite(), expected[key].isfinite()), key
+    assert got['out'][0].isfinite().all() and got['out'][2].isfinite().all()
+
+
+def test_fp16_statistics_and_tiny_layer_scale():
+    values, drop_scale = arguments(version=2)
+    values['x'] = (1e3 * values['x']).detach().requires_grad_()
+    values['pwconv1_weight'] = (30 * values['pwconv1_weight']).detach().requires_grad_()
+    got = run('triton', values, drop_scale, autocast=torch.float16)
+    assert all(v.isfinite().all() for v in got.values())
+    # GRN's sum of squares is beyond 65504 here, LayerNorm's is too.
+    expected = run('eager', values, drop_scale)
+    assert relative(got['out'], expected['out']) < 1e-2
+    values, drop_scale = arguments(scale=1e-6)
+    expected = run('eager', values, drop_scale)
+    got = run('triton', values, drop_scale, autocast=torch.float16)
+    for key in ('gamma', 'pwconv2_weight'):
+        assert relative(got[key], expected[key]) < 1e-2, key
+
+
+def test_grn_of_a_map_of_zeros():
+    values, _ = arguments(version=2, size=(3, 4))
+    with torch.no_grad():
+        for name in ('pwconv1_weight', 'pwconv1_bias'):
+            values[name].zero_()
+    assert_equals_eager('triton', values, None)
+
+
+@pytest.mark.parametrize('name', NAMES)
+@pytest.mark.parametrize('alone', [True, False])
+def test_only_what_is_asked_for_gets_a_gradient(name, alone):
+    version = 2 if name.startswith('grn') else 1
+    values, drop_scale = arguments(version=version, size=(4, 5))
+    for key, value in values.items():
+        value.requires_grad_((key == name) == alone)
+    expected = run('eager', values, drop_scale)
+    for key, got in run('triton', values, drop_scale).items():
+        if expected[key] is None:
+            assert got is None, key
+        else:
+            assert relative(got, expected[key]) < 1e-4, key
+
+
+def test_unused_output_and_empty_batch():
+    block = Block(8, impl='triton')
+    x = torch.rand(2, 8, 6, 5, requires_grad=True)
+    assert torch.autograd.grad(x.sum() + 0 * block(x).detach().sum(), x)[0].eq(1).all()
+    for use_grn in (False, True):
+        block = Block(8, impl='triton', use_grn=use_grn)
+        out = block(torch.rand(0, 8, 6, 5))
+        assert out.shape == (0, 8, 6, 5)
+        out.sum().backward()
+        assert all(p.grad.eq(0).all() for p in block.parameters())
+
+
+def test_double_backward_is_refused():
+    model = ConvNeXt(SMALL, impl='triton', kernel_size=3)
+    x = torch.rand(1, 3, 32, 32, requires_grad=True)
+    (grad,) = torch.autograd.grad(model(x)[-1].square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="impl='eager'"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize('settings', [{}, dict(use_grn=True), dict(out_indices=(1, 3))])
+@pytest.mark.parametrize('autocast', [None, torch.bfloat16])
+def test_backbone_equals_eager(settings, autocast):
+    """fp32 within the contract; under autocast no worse than eager against
+    fp32, as far as the interpreter can tell."""
+    settings.update(shape=(2, 3, 33, 36), kernel_size=3)
+    exact = run_backbone('eager', **settings)
+    plain, got = (
+        run_backbone(name, autocast, **settings) for name in ('eager', 'triton')
+    )
+    for ours, theirs in zip(got[0], plain[0]):
+        assert ours.is_contiguous() and theirs.is_contiguous()
+        assert ours.dtype == theirs.dtype
+    if autocast is None:
+        for ours, theirs in zip(got[0], exact[0]):
+            assert relative(ours, theirs) < 1e-5
+        for name, grad in exact[1].items():
+            assert relative(got[1][name], grad) < 1e-4, name
+        return
+    for part in (0, 1):
+        values = [
+            r[part] if part == 0 else r[part].values() for r in (got, plain, exact)
+        ]
+        ours, theirs = (
+            sum((a - b).square().sum() for a, b in zip(v, values[2]))
+            for v in values[:2]
+        )
+        # Triton's interpreter truncates to bf16 where a GPU rounds.
+        assert ours**0.5 <= 3 * theirs**0.5
+
+
+@pytest.mark.parametrize('version', [1, 2])
+def test_keeps_what_lean_keeps(version):
+    """Bytes saved for backward of a block, through hooks that replace them by
+    copies; and checkpointing from outside."""
+    torch.manual_seed(0)
+    saved = {}
+    x = (
+        torch.rand(2, 8, 6, 5)
+        .contiguous(memory_format=torch.channels_last)
+        .requires_grad_()
+    )
+    for impl in ('lean', 'triton'):
+        block = Block(8, kernel_size=3, impl=impl, use_grn=version == 2)
+        tensors = []
+
+        def pack(tensor, tensors=tensors):
+            tensors.append(tensor.nbytes)
+            return tensor.detach().clone()
+
+        expected = torch.autograd.grad(
+            block(x).square().sum(), [x, *block.parameters()]
+        )
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            out = block(x)
+        saved[impl] = sum(tensors)
+        for again in (out, checkpoint(block, x, use_reentrant=False)):
+            got = torch.autograd.grad(again.square().sum(), [x, *block.parameters()])
+            assert all(map(torch.equal, got, expected))
+    assert saved['triton'] == saved['lean']
+
+
+@pytest.mark.parametrize('autocast', [False, True])
+def test_compiles_with_fixed_shapes(autocast):
+    torch.manual_seed(0)
+    model = ConvNeXt(SMALL, impl='triton', kernel_size=3, drop_path_rate=0.3)
+    compiled = torch.compile(model, backend='aot_eager', fullgraph=True, dynamic=False)
+    x = torch.rand(2, 3, 32, 32)
+    outs = []
+    for m in (model, compiled):
+        torch.manual_seed(1)
+        with torch.autocast('cpu', torch.bfloat16, enabled=autocast):
+            outs.append(m(x))
+    for a, b in zip(*outs):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize('version', [1, 2])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_operators_are_registered_right(version, dtype):
+    values, drop_scale = arguments(8, (3, 4), version=version)
+    torch.library.opcheck(
+        torch.ops.convnext_mm.triton_forward.default,
+        (
+            *(values.get(name) for name in NAMES),
+            drop_scale,
+            1e-6,
+            1,
+            dtype,
+            fused.KEEP_ALL,
+        ),
+    )
+    x = torch.rand(2, 8, 5, 6, requires_grad=True)
+    torch.library.opcheck(
+        torch.ops.convnext_mm.triton_downsample.default,
+        (
+            x,
+            torch.rand(8),
+            torch.rand(8),
+            torch.rand(16, 8, 2, 2),
+            torch.rand(16),
+            1e-6,
+            [2, 2],
+            [0, 0],
+            [1, 1],
+            dtype,
+        ),
+    )
+    for channels_last in (True, False):
+        torch.library.opcheck(
+            torch.ops.convnext_mm.triton_norm.default,
+            (x, torch.rand(8), torch.rand(8), 1e-6, channels_last, dtype),
+        )
+
+
+@pytest.mark.parametrize('layer', ['downsample', 'norm'])
+@pytest.mark.parametrize('channels_last', [True, False])
+def test_layers_equal_eager(layer, channels_last):
+    """Of either layout, and for gradients of either layout."""
+    torch.manual_seed(0)
+    shapes = [(2, 24, 7, 10), (24,), (24,)]
+    settings = dict(eps=1e-6)
+    if layer == 'downsample':
+        shapes += [(16, 24, 2, 2), (16,)]
+    else:
+        settings['channels_last'] = channels_last
+    values = [torch.randn(s).requires_grad_() for s in shapes]
+    expected, out = (
+        getattr(module, layer)(*values, **settings) for module in (eager, kernels)
+    )
+    torch.testing.assert_close(out, expected)
+    for memory_format in (torch.channels_last, torch.contiguous_format):
+        cotangent = torch.randn(out.shape).to(memory_format=memory_format)
+        for a, b in zip(
+            *(
+                torch.autograd.grad(y, values, cotangent, retain_graph=True)
+                for y in (out, expected)
+            )
+        ):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_refused_where_it_cannot_run(monkeypatch):
+    with pytest.raises(RuntimeError, match="float64.*impl='auto'"):
+        Block(8, impl='triton')(torch.rand(1, 8, 4, 4, dtype=torch.float64))
+    monkeypatch.setattr(triton_ops, 'LARGEST_MAP', 128)
+    with pytest.raises(RuntimeError, match='128 values.*less than 128'):
+        Block(8, impl='triton')(torch.rand(1, 8, 4, 4))
+    monkeypatch.undo()
+    monkeypatch.setattr(triton_ops, '_interpreted', lambda: False)
+    with pytest.raises(RuntimeError, match='NVIDIA GPU.*cpu'):
+        Block(8, impl='triton')(torch.rand(1, 8, 4, 4))
+
+
+def test_auto_takes_kernels_that_work(monkeypatch, caplog):
+    """A device where the kernels fail gets plain PyTorch, and a log line."""
+
+    class OnGPU:
+        """What selection asks of a tensor on a GPU."""
+
+        device = torch.device('cuda:0')
+        shape = torch.Size((1, 8, 4, 4))
+        dtype = torch.float32
+
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda d: (9, 0))
+    monkeypatch.setattr(triton_ops, 'works_on', lambda device: True)
+    assert block_module.select_impl('auto', OnGPU()).block is triton_ops.block
+    monkeypatch.setattr(triton_ops, 'works_on', lambda device: False)
+    assert block_module.select_impl('auto', OnGPU()).block is eager.block
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda d: (7, 5))
+    monkeypatch.setattr(triton_ops, 'works_on', lambda device: True)
+    assert block_module.select_impl('auto', OnGPU()).block is eager.block
+
+
+def test_self_check_finds_wrong_kernels(monkeypatch):
+    triton_ops._works_on.cache_clear()
+    assert triton_ops.works_on('cpu')
+    triton_ops._works_on.cache_clear()
+    right = launch.depthwise
+    monkeypatch.setattr(
+        launch,
+        'depthwise',
+        lambda *a, **k: [t if t is None else 1.5 * t for t in right(*a, **k)],
+    )
+    assert not triton_ops.works_on('cpu')
+    triton_ops._works_on.cache_clear()
+    monkeypatch.setattr(launch, 'depthwise', None)  # raises when called
+    assert not triton_ops.works_on('cpu')
+    triton_ops._works_on.cache_clear()
+
+
+def test_map_sizes_are_not_compiled_in():
+    """Multi-scale training has another size at every step."""
+    from convnext_mm.ops.triton import kernels as module
+
+    names = [n for n in dir(module) if n.endswith('_kernel')]
+    assert len(names) == 8
+    for name in names:
+        kernel = getattr(module, name)
+        sizes = set(kernel.arg_names) & {'samples', 'height', 'width', 'pixels', 'rows'}
+        assert sizes
+        assert set(kernel.kwargs['do_not_specialize']) == sizes
+    keys = []
+
+    def remember(key, rows, candidates, run):
+        keys.append(key)
+        return candidates[0]
+
+    original, launch.fastest = launch.fastest, remember
+    try:
+        seen = []
+        for size in ((4, 5), (7, 3)):
+            keys.clear()
+            values, drop_scale = arguments(8, size)
+            run('triton', values, drop_scale)
+            seen.append(list(keys))
+    finally:
+        launch.fastest = original
+    assert seen[0] == seen[1] and seen[0]
+
+
+def test_choice_is_measured_once(monkeypatch):
+    """For a device, a key and an order of magnitude; nothing is in PyTorch's
+    deterministic mode, and what has no memory is not taken."""
+    times = dict(a=2.0, b=1.0, c=float('inf'))
+    measured = []
+
+    def time(run, candidate):
+        measured.append(candidate)
+        return times[candidate]
+
+    monkeypatch.setattr(launch, 'INTERPRETED', False)
+    monkeypatch.setattr(launch, '_fastest', {})
+    monkeypatch.setattr(launch, '_time', time)
+    monkeypatch.setattr(torch.cuda, 'current_device', lambda: 0)
+    capturing = []
+    monkeypatch.setattr(
+        torch.cuda, 'is_current_stream_capturing', lambda: bool(capturing)
+    )
+    capturing.append(True)
+    assert launch.fastest(('k', 1), 500, 'abc', None) == 'a'
+    capturing.clear()
+    assert launch.fastest(('k', 1), 500, 'abc', None) == 'b'
+    capturing.append(True)
+    assert launch.fastest(('k', 1), 400, 'abc', None) == 'b'
+    capturing.clear()
+    assert measured == ['a', 'b', 'c']
+    assert launch.fastest(('k', 2), 500, 'cc', None) == 'c'
+    assert ('k', 2) not in {key[2:] for key in launch._fastest}
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert launch.fastest(('k', 1), 500, 'abc', None) == 'a'
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_self_check_inside_a_checkpoint():
+    """The hooks of a checkpoint must not see the check's tensors."""
+    triton_ops._works_on.cache_clear()
+    x = torch.rand(1, 8, 4, 5, requires_grad=True)
+
+    def run(x):
+        assert triton_ops.works_on('cpu')
+        return x.sin().cos()
+
+    checkpoint(run, x, use_reentrant=False).sum().backward()
+    torch.testing.assert_close(x.grad, -x.sin().sin() * x.cos())
+
+
+def check_kernels(tmp_path, *options):
+    run = subprocess.run(
+        [sys.executable, 'tools/maintenance/check_kernels.py', str(tmp_path), *options],
+        capture_output=True,
+        text=True,
+        cwd=os.path.dirname(os.path.dirname(__file__)),
+    )
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
+    (path,) = tmp_path.glob('kernels*.json')
+    return json.loads(path.read_text())['records']
+
+
+def test_compiles_for_gpus_without_spills(tmp_path):
+    """For compute capability 8.0 and 9.0: no register goes to memory."""
+    records = check_kernels(
+        tmp_path, '--compile', '--first', '--channels', '96', '--dtypes', 'bfloat16'
+    )
+    assert {r['sm'] for r in records} == {80, 90}
+    assert len({r['kernel'] for r in records}) == 8
+    assert all(r['spilled'] == 0 and r['registers'] > 0 for r in records)
+
+
+def test_command_in_the_interpreter(tmp_path):
+    records = check_kernels(tmp_path, '--smoke')
+    assert {r['check'].split()[0] for r in records} == {'block', 'downsample', 'norm'}
+    assert all(r['ok'] for r in records)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs an NVIDIA GPU')
+def test_on_a_gpu(tmp_path):
+    """Every kernel as the GPU runs it, real shapes, every candidate."""
+    records = check_kernels(tmp_path)
+    assert {r['dtype'] for r in records} == {'float32', 'bfloat16', 'float16'}
+    assert all(r['ok'] for r in records)

@@ -1,1 +1,0 @@
-"""What the benchmark and its relatives in tools/ are made of."""
