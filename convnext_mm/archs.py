@@ -2,6 +2,8 @@
 
 from typing import NamedTuple
 
+NUM_STAGES = 4
+
 
 class Arch(NamedTuple):
     """Facts of a published architecture."""

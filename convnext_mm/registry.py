@@ -5,7 +5,9 @@ imported first: MMEngine imports this module when it meets the scope, and the
 ``locations`` below when it looks a name up.
 """
 
+from collections.abc import Callable
 from importlib import import_module
+from typing import Any
 
 from mmengine.registry import HOOKS as ROOT_HOOKS
 from mmengine.registry import MODELS as ROOT_MODELS
@@ -40,7 +42,7 @@ WEIGHT_INITIALIZERS = Registry(
 )
 
 
-def register(registry: Registry):
+def register(registry: Registry) -> Callable[[type], type]:
     """Class decorator: registers ``Name`` here and, bare, in the root registry.
 
     The bare name serves ``custom_imports=dict(imports=['convnext_mm'])``. A
@@ -61,7 +63,7 @@ def register_on_demand(registry: Registry, name: str, location: str) -> None:
     """Registers, under its scoped name only, a class whose module is imported
     when it is first built: the module needs a head library."""
 
-    def build(*args, **kwargs):
+    def build(*args: Any, **kwargs: Any) -> Any:
         return getattr(import_module(location), name)(*args, **kwargs)
 
     build.__name__ = name

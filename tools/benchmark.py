@@ -60,6 +60,7 @@ def parse_args(argv=None) -> argparse.Namespace:
         '--size',
         type=int,
         nargs=2,
+        default=(),
         metavar=('H', 'W'),
         help='default: 256 256; detector: 800 1344; segmentor: 512 512',
     )
@@ -98,7 +99,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser.add_argument(
         '--warmup',
         type=int,
-        default=None,
+        default=-1,
         help='rounds before (default: 1; on a GPU 3)',
     )
     parser.add_argument('--device', choices=['cpu', 'cuda'], default='cpu')

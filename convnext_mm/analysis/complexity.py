@@ -4,7 +4,7 @@ import copy
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from mmengine.config import Config
@@ -94,14 +94,14 @@ def count(model: nn.Module, shape: Shape) -> dict[str, Cost]:
     """
     device = next(model.parameters()).device
     image = torch.zeros(1, 3, *shape, device=device)
-    flops = Counter()
+    flops: Counter[str] = Counter()
     with FlopCounterMode(display=False) as counter, ExitStack() as stack:
         for name, part in _parts(model):
             modules = part if isinstance(part, nn.ModuleList) else [part]
             for module in modules:
                 stack.enter_context(_recorded(module, name, counter, flops))
         _run(model, image)
-    counted = set()
+    counted: set[int] = set()
     return {
         name: Cost(_num_parameters(part, counted), flops[name] // 2)
         for name, part in _parts(model)
@@ -141,20 +141,20 @@ def _recorded(
     """
     forward = module.forward
 
-    def recorded_forward(*args, **kwargs):
+    def recorded_forward(*args: Any, **kwargs: Any) -> Any:
         start = counter.get_total_flops()
         outputs = forward(*args, **kwargs)
         flops[name] += counter.get_total_flops() - start
         return outputs
 
-    module.forward = recorded_forward
+    vars(module)['forward'] = recorded_forward
     try:
         yield
     finally:
-        del module.forward
+        del vars(module)['forward']
 
 
-def _run(model: nn.Module, image: Tensor) -> None:
+def _run(model: Any, image: Tensor) -> None:
     roi_head = getattr(model, 'roi_head', None)
     try:
         if roi_head is None:

@@ -2,8 +2,8 @@
 FLOPs of its matrix products over the measured matrix rate, or the fewest bytes
 it can move over the measured bandwidth, whichever is more."""
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils.benchmark import Timer
@@ -38,7 +38,7 @@ class Cost(NamedTuple):
 
 
 def backbone_cost(
-    arch: str, batch: int, size: tuple[int, int], mode: str, itemsize: int
+    arch: str, batch: int, size: Sequence[int], mode: str, itemsize: int
 ) -> Cost:
     """The cost of a named architecture.
 
@@ -119,7 +119,7 @@ class Rates:
             found['bytes_per_s'] = self._bandwidth
         return found
 
-    def _best(self, statement: str, **names) -> float:
+    def _best(self, statement: str, **names: Any) -> float:
         timer = Timer(
             statement,
             globals=dict(torch=torch, **names),

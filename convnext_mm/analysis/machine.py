@@ -5,6 +5,7 @@ import os
 import platform
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -35,7 +36,7 @@ def machine(device: str = 'cpu') -> dict:
         device: ``'cuda'`` adds GPU, memory, compute capability, CUDA and
             driver.
     """
-    facts = dict(
+    facts: dict[str, Any] = dict(
         cpu=processor(),
         cores=os.cpu_count(),
         threads=torch.get_num_threads(),

@@ -63,7 +63,7 @@ class Meter:
 
 
 def summary(times: list[float]) -> dict:
-    low, _, high = statistics.quantiles(times, n=4)
+    low, _, high = statistics.quantiles(times, n=4, method='inclusive')
     return dict(
         median_ms=statistics.median(times), quartiles_ms=[low, high], times_ms=times
     )

@@ -53,8 +53,9 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 class _SetLocalRank(argparse.Action):
-    def __call__(self, parser, namespace, values, option_string=None) -> None:
-        os.environ.setdefault('LOCAL_RANK', values)
+    def __call__(self, *args: Any) -> None:
+        _, _, value, _ = args
+        os.environ.setdefault('LOCAL_RANK', value)
 
 
 def load_config(

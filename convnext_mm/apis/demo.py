@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from convnext_mm.datasets.data_paths import check_data
-from convnext_mm.engine.launch import build_runner, fit_to_device
+from convnext_mm.engine.launch import fit_to_device, runner_of
 
 from .config import load_config
 
@@ -69,12 +69,9 @@ def run_demo(config: str, goals: dict[str, float], **options: Any) -> bool:
     draw_data(Path(cfg.data_root))
     fit_to_device(cfg)
     check_data(cfg, ['train_dataloader', 'val_dataloader'])
-    runner = build_runner(cfg)
-    runner.train()
-
-    work_dir = Path(cfg.work_dir)
-    pictures = work_dir / 'pictures'
-    pictures.mkdir(parents=True, exist_ok=True)
+    with runner_of(cfg) as runner:
+        runner.train()
+        draw_pictures(runner, Path(cfg.work_dir) / 'pictures')
     training, evaluations = read_log(runner)
     metrics = last_metrics(evaluations, cfg.default_scope)
     plot_curves(
@@ -82,9 +79,8 @@ def run_demo(config: str, goals: dict[str, float], **options: Any) -> bool:
         evaluations,
         [n for n in goals if n in metrics],
         cfg.default_scope,
-        work_dir / 'curves.png',
+        Path(cfg.work_dir) / 'curves.png',
     )
-    draw_pictures(runner, pictures)
     return report(metrics, goals, cfg, (time.time() - start) / 60)
 
 
@@ -150,6 +146,7 @@ def plot_curves(
 @torch.no_grad()
 def draw_pictures(runner: Runner, folder: Path) -> None:
     """Writes ground truth beside predictions, and one overview."""
+    folder.mkdir(parents=True, exist_ok=True)
     dataset = runner.val_dataloader.dataset
     runner.model.eval()
     pictures = []

@@ -6,6 +6,7 @@ import math
 import os
 import os.path as osp
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from mmengine.config import ConfigDict
@@ -400,9 +401,7 @@ class GuardedLoad:
             )
         return loaded
 
-    def _check_labels(
-        self, labels: np.ndarray | None, path: str, reduced: bool
-    ) -> None:
+    def _check_labels(self, labels: np.ndarray | None, path: Any, reduced: Any) -> None:
         if labels is None:
             return
         if labels.ndim != 2:

@@ -8,7 +8,7 @@ colours. What is drawn depends on the seed alone.
 import json
 import math
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -102,7 +102,7 @@ def _write_split(
     map_dir = out / 'annotations' / split
     image_dir.mkdir(parents=True, exist_ok=True)
     map_dir.mkdir(parents=True, exist_ok=True)
-    coco = dict(
+    coco: dict[str, Any] = dict(
         info=dict(description='convnext_mm shapes'),
         categories=[dict(id=i + 1, name=c) for i, c in enumerate(CLASSES)],
         images=[],
@@ -154,7 +154,7 @@ def _fill(
     while np.abs(color - behind).max() < 80:
         hue = 180 * label / len(CLASSES) + rng.normal(0, HUE_SPREAD)
         hsv = [hue % 180, rng.uniform(120, 255), rng.uniform(100, 255)]
-        color = cv2.cvtColor(np.uint8([[hsv]]), cv2.COLOR_HSV2BGR)[0, 0]
+        color = cv2.cvtColor(np.array([[hsv]], np.uint8), cv2.COLOR_HSV2BGR)[0, 0]
         color = color.astype(np.float64)
     texture = _texture(rng, size)  # around its own colour
     return color + 0.5 * (texture - texture.mean((0, 1)))

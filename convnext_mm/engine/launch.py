@@ -1,12 +1,16 @@
 """Fitting a config to the machine, and its runner."""
 
+import contextlib
 import os
+from collections.abc import Iterator
+from typing import Any
 
 import torch.distributed
 from mmengine.config import Config, ConfigDict
 from mmengine.device import get_device
 from mmengine.logging import print_log
 from mmengine.registry import RUNNERS
+from mmengine.runner import Runner as MMEngineRunner
 
 from .runner import Runner
 
@@ -31,14 +35,14 @@ def fit_to_device(cfg: Config, device: str | None = None) -> None:
         cfg: The whole config.
         device: Device type; by default the one MMEngine picks.
     """
-    device = device or get_device()
-    optim_wrapper = cfg.get('optim_wrapper') or {}
+    device = str(device or get_device())
+    optim_wrapper = cfg.get('optim_wrapper') or ConfigDict()
     if device not in AMP_DEVICES.get(optim_wrapper.get('type'), (device,)):
         optim_wrapper.type = 'OptimWrapper'
         for key in ('loss_scale', 'dtype', 'use_fsdp'):
             optim_wrapper.pop(key, None)
         _print_once(f'No mixed precision on {device}: training in fp32.')
-    optimizer = optim_wrapper.get('optimizer') or {}
+    optimizer = optim_wrapper.get('optimizer') or ConfigDict()
     if optimizer.get('fused') and device not in FUSED_DEVICES:
         optimizer.fused = False
         _print_once(f'No fused optimizer on {device}: the plain one.')
@@ -65,7 +69,7 @@ def _print_once(message: str) -> None:
         print_log(message)
 
 
-def _replace_sync_bn(node) -> int:
+def _replace_sync_bn(node: Any) -> int:
     """Turns ``type='SyncBN'`` into BN below ``node``; gives their number."""
     if isinstance(node, (list, tuple)):
         return sum(map(_replace_sync_bn, node))
@@ -78,11 +82,17 @@ def _replace_sync_bn(node) -> int:
     return count + sum(map(_replace_sync_bn, node.values()))
 
 
-def build_runner(cfg: Config) -> Runner:
-    """The runner of a config; on a CPU, starts the process group first."""
+@contextlib.contextmanager
+def runner_of(cfg: Config) -> Iterator[MMEngineRunner]:
+    """The runner of a config, and the process group that it works in: on a CPU
+    it is started here, everywhere it is ended after the work. A process that
+    exits with gloo's threads running may be aborted by them.
+    """
     if cfg.launcher == 'pytorch' and get_device() == 'cpu':
         # MMEngine's start of a process group selects a CUDA device.
         torch.distributed.init_process_group('gloo')
-    if 'runner_type' in cfg:
-        return RUNNERS.build(cfg)
-    return Runner.from_cfg(cfg)
+    build = RUNNERS.build if 'runner_type' in cfg else Runner.from_cfg
+    yield build(cfg)
+    # Not after an error: the other processes may wait in a collective.
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

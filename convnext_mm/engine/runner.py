@@ -3,6 +3,7 @@ data is checked as it is built."""
 
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed
@@ -26,7 +27,9 @@ class Runner(MMEngineRunner):
     schedulers, message hub.
     """
 
-    def build_dataloader(self, dataloader, *args, **kwargs) -> DataLoader:
+    def build_dataloader(
+        self, dataloader: DataLoader | dict, *args: Any, **kwargs: Any
+    ) -> DataLoader:
         """As MMEngine's, with the data set checked.
 
         Raises:
@@ -72,9 +75,13 @@ class Runner(MMEngineRunner):
                 f'({type(error).__name__}: {shown(error)})'
             ) from error
 
-    def resume(self, *args, **kwargs) -> None:
+    def resume(self, *args: Any, **kwargs: Any) -> None:
         """As MMEngine's; which best checkpoint the next better one replaces is
-        found in the work folder: paths in a checkpoint are not followed."""
+        found in the work folder: paths in a checkpoint are not followed.
+
+        Raises:
+            CheckpointMismatchError: It is from beyond the end of this run.
+        """
         super().resume(*args, **kwargs)
         loop = self.train_loop
         unit = 'epoch' if isinstance(loop, EpochBasedTrainLoop) else 'iter'
@@ -87,19 +94,24 @@ class Runner(MMEngineRunner):
         for hook in self.hooks:
             if not isinstance(hook, CheckpointHook) or not hook.save_best:
                 continue
-            last = self.epoch if hook.by_epoch else self.iter
-            number = re.escape(hook.filename_tmpl).replace(r'\{\}', r'(\d+)')
+            several = len(hook.key_indicators) > 1
             for key in hook.key_indicators:
-                name = '.+' if key == 'auto' else re.escape(key.replace('/', '_'))
-                found = [
-                    path
-                    for path in Path(self.work_dir).glob('best_*')
-                    if (match := re.fullmatch(f'best_{name}_{number}', path.name))
-                    and int(match[1]) <= last
-                ]
-                if found:
-                    several = len(hook.key_indicators) > 1
+                best = self._best_checkpoint(hook, key)
+                if best is not None:
                     self.message_hub.update_info(
-                        f'best_ckpt_{key}' if several else 'best_ckpt',
-                        str(max(found, key=lambda path: path.stat().st_mtime)),
+                        f'best_ckpt_{key}' if several else 'best_ckpt', str(best)
                     )
+
+    def _best_checkpoint(self, hook: CheckpointHook, key: str) -> Path | None:
+        """The newest best one of a metric in the work folder that this run saved
+        before now."""
+        last = self.epoch if hook.by_epoch else self.iter
+        name = '.+' if key == 'auto' else re.escape(key.replace('/', '_'))
+        number = re.escape(hook.filename_tmpl).replace(r'\{\}', r'(\d+)')
+        found = [
+            path
+            for path in Path(self.work_dir).glob('best_*')
+            if (match := re.fullmatch(f'best_{name}_{number}', path.name))
+            and int(match[1]) <= last
+        ]
+        return max(found, key=lambda path: path.stat().st_mtime, default=None)

@@ -1,32 +1,33 @@
 """ConvNeXt V1 and V2 as a multi-scale backbone."""
 
-import math
-from collections.abc import Sequence
-from numbers import Integral, Real
+import functools
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
-from convnext_mm.archs import ARCHS, Arch
+from convnext_mm.archs import NUM_STAGES
 from convnext_mm.checkpoint.load import AnyFamily
 from convnext_mm.registry import MODELS, register
 
+from .arguments import (
+    check_mmpretrain_defaults,
+    check_numbers,
+    integer,
+    one_of,
+    parse_arch,
+    parse_out_indices,
+    parse_output_stride,
+)
 from .block import IMPL_NAMES, Block, Downsample, LayerNorm2d
 from .layer_id import default_num_layers, get_layer_id
 
-NUM_STAGES = 4
-OUTPUT_STRIDES = (8, 16, 32)
 # mmcv's RoIAlign and its like read memory as (N, C, H, W) whatever the strides
 # say: to them channels-last would be garbage, so it is not the default.
 OUT_LAYOUTS = dict(
     contiguous=torch.contiguous_format, channels_last=torch.channels_last
-)
-
-# What mmpretrain's ConvNeXt has and this one does not vary: its defaults.
-MMPRETRAIN_DEFAULTS = dict(
-    norm_cfg=dict(type='LN2d', eps=1e-6), act_cfg=dict(type='GELU'), linear_pw_conv=True
 )
 
 
@@ -140,100 +141,61 @@ class ConvNeXt(AnyFamily, BaseModule):
         init_cfg: dict | Sequence[dict] | None = None,
     ) -> None:
         super().__init__(init_cfg=init_cfg)
-        arch = _parse_arch(arch)
+        published = parse_arch(arch)
         self.num_stages = NUM_STAGES
-        self.depths, self.channels = arch.depths, arch.channels
-        self.out_indices = _parse_out_indices(out_indices)
+        self.depths, self.channels = published.depths, published.channels
+        self.out_indices = parse_out_indices(out_indices)
         self.out_channels = tuple(self.channels[i] for i in self.out_indices)
-        self.in_channels = _integer('in_channels', in_channels, 1)
-        self.stem_patch_size = _integer('stem_patch_size', stem_patch_size, 1)
-        self.frozen_stages = _integer('frozen_stages', frozen_stages, -1, NUM_STAGES)
+        self.in_channels = integer('in_channels', in_channels, 1)
+        self.stem_patch_size = integer('stem_patch_size', stem_patch_size, 1)
+        self.frozen_stages = integer('frozen_stages', frozen_stages, -1, NUM_STAGES)
+        self.output_stride = parse_output_stride(output_stride, self.stem_patch_size)
+        self.out_layout = one_of('out_layout', out_layout, OUT_LAYOUTS)
         self.gap_before_final_norm = gap_before_final_norm
         self.allow_partial = allow_partial
         self.deployed = False
-        if _integer('kernel_size', kernel_size, 1) % 2 == 0:
-            raise ValueError(
-                f'kernel_size must be odd (3, 5, 7, ...), got {kernel_size}'
-            )
-        if _number('mlp_ratio', mlp_ratio) * min(self.channels) < 1:
-            raise ValueError(
-                'mlp_ratio must be above 0 and give at least one '
-                f'hidden channel, got {mlp_ratio}'
-            )
-        norm_eps = arch.norm_eps if norm_eps is None else norm_eps
-        if _number('norm_eps', norm_eps) <= 0:
-            raise ValueError(f'norm_eps must be above 0, got {norm_eps}')
-        if not 0 <= _number('drop_path_rate', drop_path_rate) < 1:
-            raise ValueError(
-                'drop_path_rate must be in [0, 1): the share of '
-                'samples that skip the last block, got '
-                f'{drop_path_rate}'
-            )
-        _number('layer_scale_init_value', layer_scale_init_value)
-        if out_layout not in OUT_LAYOUTS:
-            raise ValueError(
-                f'out_layout must be one of {(*OUT_LAYOUTS,)}, got {out_layout!r}'
-            )
-        self.out_layout = out_layout
-        if impl not in IMPL_NAMES:
-            raise ValueError(f'unknown impl {impl!r}; one of {IMPL_NAMES}')
-        self.output_stride = _parse_output_stride(output_stride, self.stem_patch_size)
-        _check_mmpretrain_defaults(
+        norm_eps = published.norm_eps if norm_eps is None else norm_eps
+        one_of('impl', impl, IMPL_NAMES)
+        check_numbers(
+            kernel_size,
+            mlp_ratio,
+            min(self.channels),
+            norm_eps,
+            drop_path_rate,
+            layer_scale_init_value,
+        )
+        check_mmpretrain_defaults(
             norm_cfg=norm_cfg, act_cfg=act_cfg, linear_pw_conv=linear_pw_conv
         )
 
-        drop_path_rates = iter(
+        norm = functools.partial(LayerNorm2d, eps=norm_eps)
+        block = functools.partial(
+            Block,
+            kernel_size=kernel_size,
+            mlp_ratio=mlp_ratio,
+            norm_eps=norm_eps,
+            use_grn=use_grn,
+            layer_scale_init_value=layer_scale_init_value,
+            with_cp=with_cp,
+            impl=impl,
+        )
+        drop_paths = iter(
             torch.linspace(0, drop_path_rate, sum(self.depths), device='cpu').tolist()
         )
         self.downsample_layers = nn.ModuleList()
         self.stages = nn.ModuleList()
         for i in range(self.out_indices[-1] + 1):
-            width = self.channels[i]
-            dilation = self._dilation(i)
-            if i == 0:  # the stem
-                layer = nn.Sequential(
-                    nn.Conv2d(
-                        self.in_channels, width, stem_patch_size, stem_patch_size
-                    ),
-                    LayerNorm2d(width, eps=norm_eps, impl=impl),
-                )
-            else:
-                layer = Downsample(
-                    LayerNorm2d(self.channels[i - 1], eps=norm_eps),
-                    _downsample_conv(self.channels[i - 1], width, dilation),
-                    impl=impl,
-                )
-            self.downsample_layers.append(layer)
-            self.stages.append(
-                nn.Sequential(
-                    *(
-                        Block(
-                            width,
-                            kernel_size=kernel_size,
-                            mlp_ratio=mlp_ratio,
-                            norm_eps=norm_eps,
-                            use_grn=use_grn,
-                            drop_path=next(drop_path_rates),
-                            layer_scale_init_value=layer_scale_init_value,
-                            with_cp=with_cp,
-                            dilation=dilation,
-                            impl=impl,
-                        )
-                        for _ in range(self.depths[i])
-                    )
-                )
-            )
+            width, dilation = self.channels[i], self._dilation(i)
+            blocks = [
+                block(width, drop_path=next(drop_paths), dilation=dilation)
+                for _ in range(self.depths[i])
+            ]
+            self.downsample_layers.append(self._downsample_layer(i, norm, impl))
+            self.stages.append(nn.Sequential(*blocks))
             if out_norm and i in self.out_indices:
-                self.add_module(
-                    f'norm{i}',
-                    LayerNorm2d(
-                        width,
-                        eps=norm_eps,
-                        impl=impl,
-                        channels_last=out_layout == 'channels_last',
-                    ),
-                )
-
+                is_last = out_layout == 'channels_last'
+                out = norm(width, impl=impl, channels_last=is_last)
+                self.add_module(f'norm{i}', out)
         self.apply(_init_weights)
         self._freeze()
 
@@ -323,6 +285,19 @@ class ConvNeXt(AnyFamily, BaseModule):
         num_layers = default_num_layers(self.depths)
         return (get_layer_id(param_name, num_layers, prefix=prefix), num_layers + 2)
 
+    def _downsample_layer(
+        self, stage: int, norm: Callable[..., LayerNorm2d], impl: str
+    ) -> nn.Module:
+        """The stem, or what halves the map before a later stage."""
+        width = self.channels[stage]
+        if stage == 0:
+            patch = self.stem_patch_size
+            conv = nn.Conv2d(self.in_channels, width, patch, patch)
+            return nn.Sequential(conv, norm(width, impl=impl))
+        before = self.channels[stage - 1]
+        conv = _downsample_conv(before, width, self._dilation(stage))
+        return Downsample(norm(before), conv, impl=impl)
+
     def _dilation(self, stage: int) -> int:
         """What a stage must dilate by to see as far as without
         ``output_stride``."""
@@ -378,92 +353,5 @@ def _init_weights(module: nn.Module) -> None:
     """Truncated normal of std 0.02, zero biases (arXiv 2201.03545, table 5)."""
     if isinstance(module, (nn.Conv2d, nn.Linear)):
         nn.init.trunc_normal_(module.weight, std=0.02)
-        nn.init.zeros_(module.bias)
-
-
-def _number(name: str, value: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f'{name} must be a number, got {value!r}')
-    if not math.isfinite(value):
-        raise ValueError(f'{name} must be finite, got {value!r}')
-    return value
-
-
-def _integer(name: str, value: int, lowest: int, highest: int | None = None) -> int:
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f'{name} must be an integer, got {value!r}')
-    if value < lowest or (highest is not None and value > highest):
-        allowed = (
-            f'at least {lowest}' if highest is None else f'in [{lowest}, {highest}]'
-        )
-        raise ValueError(f'{name} must be {allowed}, got {value}')
-    return int(value)
-
-
-def _parse_arch(arch: str | dict) -> Arch:
-    if isinstance(arch, str):
-        if arch not in ARCHS:
-            raise ValueError(
-                f'unknown arch {arch!r}; one of {tuple(ARCHS)}, or '
-                'dict(depths=[...], channels=[...])'
-            )
-        return ARCHS[arch]
-    if not isinstance(arch, dict):
-        raise TypeError(
-            f'arch must be a name or dict(depths=[...], channels=[...]), got {arch!r}'
-        )
-    if set(arch) not in ({'depths', 'channels'}, {'depths', 'dims'}):
-        raise ValueError(
-            'an arch dict has the keys depths and channels (or '
-            f'dims), got {tuple(arch)}'
-        )
-    spec = {}
-    for key, value in arch.items():
-        if not isinstance(value, Sequence) or len(value) != NUM_STAGES:
-            raise ValueError(
-                f'arch[{key!r}] must hold {NUM_STAGES} integers, '
-                f'one for each stage, got {value!r}'
-            )
-        spec['channels' if key == 'dims' else key] = tuple(
-            _integer(f'arch[{key!r}][{i}]', v, 1) for i, v in enumerate(value)
-        )
-    return Arch(**spec)
-
-
-def _parse_out_indices(out_indices: int | Sequence[int]) -> tuple[int, ...]:
-    given = out_indices if isinstance(out_indices, Sequence) else [out_indices]
-    stages = [
-        _integer('out_indices', i, -NUM_STAGES, NUM_STAGES - 1) % NUM_STAGES
-        for i in given
-    ]
-    if not stages or len(set(stages)) < len(stages):
-        raise ValueError(
-            'out_indices must name at least one stage and none '
-            f'twice, got {out_indices!r}'
-        )
-    return tuple(sorted(stages))
-
-
-def _parse_output_stride(output_stride: int, stem_patch_size: int) -> int:
-    _integer('output_stride', output_stride, 1)
-    if output_stride not in OUTPUT_STRIDES:
-        raise ValueError(
-            f'output_stride must be one of {OUTPUT_STRIDES}, got {output_stride}'
-        )
-    if output_stride != 32 and output_stride < stem_patch_size:
-        raise ValueError(
-            f'output_stride={output_stride} is below the stride of the stem, '
-            f'stem_patch_size={stem_patch_size}: raise output_stride or lower '
-            'stem_patch_size'
-        )
-    return int(output_stride)
-
-
-def _check_mmpretrain_defaults(**settings) -> None:
-    for name, value in settings.items():
-        default = MMPRETRAIN_DEFAULTS[name]
-        if value not in (None, default):
-            raise ValueError(
-                f'{name}={value!r} is not supported: it is accepted at '
-                f"mmpretrain's default, {default!r}, only; leave it out"
-            )
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

@@ -35,6 +35,10 @@ def small_products(monkeypatch):
     monkeypatch.setattr('convnext_mm.analysis.floor.COPY_VALUES', dict(cpu=2**20))
 
 
+def num_parameters():
+    return sum(p.numel() for p in ConvNeXt('atto').parameters())
+
+
 def run(path, *arguments):
     benchmark.main([*SMALL, '--out', str(path), *arguments])
     return json.loads(path.read_text())
@@ -55,6 +59,7 @@ def test_results_and_plot(tmp_path):
     assert result['command'].startswith('python tools/benchmark.py --arch')
     assert result['machine']['threads'] == 1
     assert torch.__version__.startswith(result['versions']['torch'])
+    assert {c['parameters'] for c in result['costs'].values()} == {num_parameters()}
     # Inference, training and memory, in three dtypes.
     assert len(result['rows']) == 3 * (4 + 3 + 3)
     saved = {
@@ -95,7 +100,6 @@ def test_flops_are_what_pytorch_counts(arch, size):
         model = ConvNeXt(arch, impl='eager')
         model(torch.rand(2, 3, *size))
     assert cost.matrix_flops + cost.depthwise_flops == counter.get_total_flops()
-    assert cost.parameters == sum(p.numel() for p in model.parameters())
 
 
 def test_cost_of_the_published_case():
@@ -112,7 +116,6 @@ def test_cost_of_the_published_case():
         + pixels // 16 * 9 * 384
         + pixels // 64 * 3 * 768
     )
-    assert round(cost.parameters / 1e6, 1) == 27.8
 
 
 def test_the_slower_limit_is_the_floor(monkeypatch):
@@ -297,7 +300,7 @@ def test_whole_models(task, tmp_path):
         assert len(row['times_ms']) == 2 and row['share_of_floor'] > 0
     cost = result['costs'][f'{task}, fp32']
     backbone = backbone_cost('atto', 2, (64, 64), 'train', 4)
-    assert cost['parameters'] > backbone.parameters
+    assert cost['parameters'] > num_parameters()
     assert cost['matrix_flops'] > backbone.matrix_flops
     assert cost['least_bytes'] == backbone.least_bytes
     plot_benchmark.main([str(path), '--out', str(tmp_path / 'plot.png')])
@@ -325,7 +328,7 @@ def test_both_backbones_give_the_same_loss():
     before = weight.detach().clone()
     training.step('lean').run()
     assert not torch.equal(weight, before)  # the optimizer took part
-    with pytest.raises(SystemExit, match='the maps of mmpretrain and lean'):
+    with pytest.raises(ValueError, match='the maps of mmpretrain and lean'):
         training.check_equal()
 
 

@@ -1,5 +1,7 @@
 """What is timed side by side, and what a result file holds."""
 
+from __future__ import annotations
+
 import copy
 import dataclasses
 import functools
@@ -8,7 +10,7 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,8 +32,12 @@ from .networks import (
     one_line,
 )
 
+if TYPE_CHECKING:
+    from .models import Training
+
 BACKBONE_MODES = ('infer', 'train', 'memory')
 MODEL_MODES = ('detector', 'segmentor')
+SIZES = dict(detector=(800, 1344), segmentor=(512, 512))  # others: 256 x 256
 
 
 class Precision(NamedTuple):
@@ -60,7 +66,8 @@ COMPILED_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0
 
 @dataclasses.dataclass
 class Settings:
-    """What to measure. The fields are the options of ``tools/benchmark.py``.
+    """What to measure. The fields are the options of ``tools/benchmark.py``; what
+    is empty, or -1, is chosen by mode and device.
 
     Raises:
         ConfigError: What does not go together.
@@ -70,13 +77,13 @@ class Settings:
     dtype: Sequence[str] = ()
     arch: str = 'tiny'
     batch: int = 2
-    size: tuple[int, int] | None = None
+    size: Sequence[int] = ()
     networks: Sequence[str] | None = None
     compile: Sequence[str] = ()
     compile_backend: str = 'inductor'
     fit_gib: Sequence[float] = ()
     rounds: int = 5
-    warmup: int | None = None
+    warmup: int = -1
     device: str = 'cpu'
     clock: str = 'wall'
     threads: int = 1
@@ -98,16 +105,14 @@ class Settings:
                 f'--mode {" ".join(self.mode)}: detector and segmentor run '
                 'alone; give each a run of its own'
             )
-        if self.warmup is None:
-            self.warmup = 3 if self.device == 'cuda' else 1
         if self.whole:
             self._check_whole()
-            self.dtype = self.dtype or ['fp32']
         elif self.fit_gib:
             raise ConfigError('--fit-gib is for --mode detector or segmentor')
-        else:
-            self.dtype = self.dtype or ['fp32', 'amp', 'bf16']
-            self.size = self.size or (256, 256)
+        if self.warmup < 0:
+            self.warmup = 3 if self.device == 'cuda' else 1
+        self.size = self.size or SIZES.get(self.mode[0], (256, 256))
+        self.dtype = self.dtype or (['fp32'] if self.whole else ['fp32', 'amp', 'bf16'])
 
     def _check_whole(self) -> None:
         for dtype in self.dtype:
@@ -234,7 +239,7 @@ class BackboneBench:
         for name in self.settings.compile:
             if name not in networks:
                 continue
-            network = torch.compile(
+            network: Any = torch.compile(
                 copy.deepcopy(networks[name]),
                 dynamic=False,
                 backend=self.settings.compile_backend,
@@ -280,7 +285,6 @@ class ModelBench:
             except Exception as reason:  # that of what it imports, too
                 self.skipped['mmpretrain'] = one_line(reason)
                 self.names.remove('mmpretrain')
-        self.settings.size = settings.size or models.SIZES[self.task]
 
     def rows(self) -> Iterator[list[dict]]:
         """Of one dtype and model after another."""
@@ -294,7 +298,7 @@ class ModelBench:
                     row['largest_batch'] = self._fit(name, dtype)
                 yield [dict(network=name, mode=self.task, dtype=dtype, **row)]
 
-    def _training(self, names: list[str], dtype: str):
+    def _training(self, names: list[str], dtype: str) -> Training:
         return self.models.Training(
             self.task,
             names,
@@ -305,7 +309,7 @@ class ModelBench:
             self.settings.device,
         )
 
-    def _timed(self, training, dtype: str) -> dict[str, dict]:
+    def _timed(self, training: Training, dtype: str) -> dict[str, dict]:
         steps = {name: training.step(name) for name in training.models}
         rows = self.meter.times(steps, self.settings.rounds, self.settings.warmup)
         compute = DTYPES[dtype].compute
@@ -372,7 +376,7 @@ def run(settings: Settings, out: Path, command: str) -> dict:
     torch._dynamo.config.recompile_limit = 64
     meter = Meter(settings.device, settings.clock)
     rates = Rates(settings.device, meter.now)
-    result = dict(
+    result: dict[str, Any] = dict(
         command=command,
         machine=machine(settings.device),
         versions=versions(),
@@ -381,7 +385,10 @@ def run(settings: Settings, out: Path, command: str) -> dict:
         batch=settings.batch,
         rows=[],
     )
-    bench = (ModelBench if settings.whole else BackboneBench)(settings, meter, rates)
+    kind: type[ModelBench | BackboneBench]
+    kind = ModelBench if settings.whole else BackboneBench
+    bench = kind(settings, meter, rates)
+    result['skipped'] = bench.skipped
     for measured in bench.rows():
         result['rows'] += measured
         result.update(
@@ -389,7 +396,6 @@ def run(settings: Settings, out: Path, command: str) -> dict:
             size=list(settings.size),
             costs=bench.costs,
             rates=rates.measured(),
-            skipped=bench.skipped,
         )
         out.write_text(json.dumps(result, indent=1) + '\n')
     return result

@@ -5,8 +5,9 @@ import contextlib
 import copy
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -17,7 +18,7 @@ from mmengine.model import revert_sync_batchnorm
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, DefaultScope, init_default_scope
 from mmengine.runner import set_random_seed
-from mmengine.structures import InstanceData, PixelData
+from mmengine.structures import BaseDataElement, InstanceData, PixelData
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -33,7 +34,6 @@ CONFIGS = dict(
     detector='configs/mask_rcnn/mask-rcnn_convnext-t_fpn_8xb2-amp-ms-crop-3x_coco.py',
     segmentor='configs/upernet/convnext-tiny_upernet_8xb2-amp-160k_ade20k-512x512.py',
 )
-SIZES = dict(detector=(800, 1344), segmentor=(512, 512))
 # Roundoff that swaps two proposals of nearly equal score changes what is
 # learned from by a whole proposal.
 LOSS_TOLERANCE = 5e-3
@@ -103,7 +103,7 @@ def build_models(cfgs: dict[str, Config], seed: int) -> dict[str, nn.Module]:
 
 
 def read_config(
-    task: str, arch: str, size: tuple[int, int], dtype: str, device: str
+    task: str, arch: str, size: Sequence[int], dtype: str, device: str
 ) -> Config:
     """The config of a task for random weights and images of one size.
 
@@ -138,7 +138,7 @@ def read_config(
     return cfg
 
 
-def synthetic_batch(task: str, cfg: Config, batch: int, size: tuple[int, int]) -> dict:
+def synthetic_batch(task: str, cfg: Config, batch: int, size: Sequence[int]) -> dict:
     """Random images with annotations, as a data loader gives them."""
     rng = np.random.default_rng(0)
     height, width = size
@@ -167,7 +167,9 @@ def synthetic_batch(task: str, cfg: Config, batch: int, size: tuple[int, int]) -
     )
 
 
-def _instances(rng: np.random.Generator, cfg: Config, height: int, width: int):
+def _instances(
+    rng: np.random.Generator, cfg: Config, height: int, width: int
+) -> BaseDataElement:
     """Ellipses, each a 16th to a half of the image high and wide."""
     from mmdet.structures import DetDataSample
     from mmdet.structures.mask import BitmapMasks
@@ -192,7 +194,9 @@ def _instances(rng: np.random.Generator, cfg: Config, height: int, width: int):
     )
 
 
-def _classes(rng: np.random.Generator, cfg: Config, height: int, width: int):
+def _classes(
+    rng: np.random.Generator, cfg: Config, height: int, width: int
+) -> BaseDataElement:
     """Squares of random classes, 32 pixels wide."""
     from mmseg.structures import SegDataSample
 
@@ -220,7 +224,7 @@ class Training:
         names: list[str],
         arch: str,
         batch: int,
-        size: tuple[int, int],
+        size: Sequence[int],
         dtype: str,
         device: str,
     ) -> None:
@@ -230,7 +234,7 @@ class Training:
         # Ours is the one whose weights the others get.
         cfgs = dict(sorted(cfgs.items(), key=lambda c: c[0] == 'mmpretrain'))
         with DefaultScope.overwrite_default_scope(cfg.default_scope), _quiet():
-            self.models = {
+            self.models: dict[str, Any] = {
                 name: model.to(device).train()
                 for name, model in build_models(cfgs, seed=0).items()
             }
@@ -282,7 +286,7 @@ class Training:
             mock.patch.dict(os.environ, {IMPL_VARIABLE: 'eager'}),
             FlopCounterMode(display=False) as counter,
         ):
-            self.loss(name).backward()
+            torch.autograd.backward(self.loss(name))
         self.models[name].zero_grad(set_to_none=True)
         return counter.get_total_flops()
 
@@ -291,7 +295,7 @@ class Training:
         """That all models give the same maps and losses in fp32.
 
         Raises:
-            SystemExit: They do not.
+            ValueError: They do not.
         """
         expected = None
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
@@ -304,14 +308,14 @@ class Training:
                     first, expected = name, (maps, loss)
                 error = difference(expected[0], maps)
                 if not error < TOLERANCE:
-                    raise SystemExit(
-                        f'error: {self.task}: the maps of {name} and {first} '
+                    raise ValueError(
+                        f'{self.task}: the maps of {name} and {first} '
                         f'differ by {error:.1e} of the largest value, more '
                         f'than {TOLERANCE:.0e}'
                     )
                 if not abs(loss / expected[1] - 1) <= LOSS_TOLERANCE:
-                    raise SystemExit(
-                        f'error: {self.task}: the loss with {name} is '
+                    raise ValueError(
+                        f'{self.task}: the loss with {name} is '
                         f'{loss:.6g}, with {first} {expected[1]:.6g}; from '
                         'the same weights they may differ by '
                         f'{LOSS_TOLERANCE:.0e} of their value'

@@ -3,7 +3,7 @@
 import copy
 import importlib
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -49,8 +49,12 @@ class Paper(nn.Module):
 
     def forward(self, x: Tensor) -> list[Tensor]:
         outs = []
-        for i, stage in enumerate(self.model.stages):
-            for layer in self.model.downsample_layers[i]:
+        layers: Any
+        stage: Any
+        for i, (layers, stage) in enumerate(
+            zip(self.model.downsample_layers, self.model.stages)
+        ):
+            for layer in layers:
                 x = layer(x) if isinstance(layer, nn.Conv2d) else self.norm(x, layer)
             for block in stage:
                 y = block.dwconv(x).permute(0, 2, 3, 1)
@@ -66,12 +70,12 @@ class Peer(nn.Module):
     def __init__(
         self,
         network: nn.Module,
-        features: Callable[[nn.Module, Tensor], list[Tensor]],
+        features: Callable[[Any, Tensor], list[Tensor]],
         model: ConvNeXt,
     ) -> None:
         super().__init__()
         self.network, self.features = network, features
-        self.norms = None
+        self.norms: nn.ModuleList | None = None
         state, _ = convert_state_dict(network.state_dict())
         with torch.no_grad():  # writes through to the network's parameters
             for name, value in model.state_dict().items():
@@ -123,7 +127,7 @@ def build_peer(name: str, arch: str, model: ConvNeXt) -> nn.Module:
             ]
         )
 
-        def features(net, x):
+        def features(net: Any, x: Tensor) -> list[Tensor]:
             outs = []
             for layer in net.features:
                 x = layer(x)

@@ -20,7 +20,7 @@ COLUMNS = 3
 class Bar(NamedTuple):
     network: str
     value: float
-    quartiles: tuple[float, float] = ()
+    quartiles: Sequence[float] = ()
     floor: float = 0.0
 
 

@@ -3,12 +3,13 @@
 import csv
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from mmengine.dist import get_rank, is_main_process
 from mmengine.hooks import ProfilerHook
-from torch.autograd import DeviceType
+from mmengine.runner import Runner
+from torch._C._autograd import DeviceType
 
 from convnext_mm.engine.errors import ConfigError
 from convnext_mm.registry import HOOKS
@@ -66,7 +67,7 @@ class StepProfilerHook(ProfilerHook):
             profile_memory=True,
         )
 
-    def before_run(self, runner) -> None:
+    def before_run(self, runner: Runner) -> None:
         """Starts the profiler.
 
         Raises:
@@ -84,7 +85,11 @@ class StepProfilerHook(ProfilerHook):
         super().before_run(runner)
 
     def after_train_iter(
-        self, runner, batch_idx, data_batch=None, outputs=None
+        self,
+        runner: Runner,
+        batch_idx: int,
+        data_batch: Any = None,
+        outputs: Any = None,
     ) -> None:
         """Advances the profiler; in the end says where the files are."""
         if runner.iter + 1 == self.warmup:  # recording starts with the next

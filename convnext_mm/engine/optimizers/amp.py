@@ -11,6 +11,7 @@ from mmengine.optim import AmpOptimWrapper as MMEngineAmpOptimWrapper
 from mmengine.optim import OptimWrapper
 from mmengine.runner.amp import autocast
 from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
 
 from convnext_mm.registry import OPTIM_WRAPPERS, register
 
@@ -57,13 +58,13 @@ class AmpOptimWrapper(MMEngineAmpOptimWrapper):
         dtype: str | torch.dtype = 'auto',
         loss_scale: str | float | dict = 'dynamic',
         use_fsdp: bool = False,
-        **kwargs,
+        **kwargs: Any,
     ) -> None:
         if isinstance(dtype, torch.dtype):
             dtype = str(dtype).replace('torch.', '')
         if dtype not in DTYPES:
             raise ValueError(f'dtype must be one of {DTYPES}, got {dtype!r}')
-        self._requested = dtype
+        self._requested: str | None = dtype
         self._resolved = False
         self._enabled = True
         self._device = get_device()
@@ -77,9 +78,9 @@ class AmpOptimWrapper(MMEngineAmpOptimWrapper):
             )
         # MMEngine's __init__ refuses a CPU.
         OptimWrapper.__init__(self, **kwargs)
-        self.loss_scaler = torch.amp.GradScaler('cpu', enabled=False)
+        self.loss_scaler = GradScaler('cpu', enabled=False)
         self._scale_update_param = None
-        self.cast_dtype = None
+        self.cast_dtype: torch.dtype | None = None
 
     @contextmanager
     def optim_context(self, model: nn.Module) -> Iterator[None]:

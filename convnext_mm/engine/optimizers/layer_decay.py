@@ -1,13 +1,14 @@
 """Optimizer wrapper constructor with layer-wise learning-rate decay."""
 
 from collections.abc import Callable
-from numbers import Integral, Real
+from typing import Any
 
 from mmengine.logging import print_log
 from mmengine.optim import DefaultOptimWrapperConstructor
 from torch import nn
 
 from convnext_mm.models import ConvNeXt
+from convnext_mm.models.arguments import integer, number, one_of
 from convnext_mm.models.layer_id import DECAY_TYPES, default_num_layers, get_layer_id
 from convnext_mm.registry import OPTIM_WRAPPER_CONSTRUCTORS, register
 
@@ -78,22 +79,12 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
                     'biases get no weight decay under layer decay; leave '
                     f'{key} out or set it to 0'
                 )
-        rate = cfg.get('decay_rate')
-        if isinstance(rate, bool) or not isinstance(rate, Real):
-            raise TypeError(
-                f'paramwise_cfg needs decay_rate, a number in (0, 1], got {rate!r}'
-            )
+        rate = number('paramwise_cfg.decay_rate', cfg.get('decay_rate'))
         if not 0 < rate <= 1:
             raise ValueError(f'decay_rate must be in (0, 1], got {rate}')
-        if self._decay_type not in DECAY_TYPES:
-            raise ValueError(
-                f'unknown decay_type {self._decay_type!r}; one of {DECAY_TYPES}'
-            )
-        num_layers = cfg.get('num_layers')
-        if num_layers is not None and (
-            isinstance(num_layers, bool) or not isinstance(num_layers, Integral)
-        ):
-            raise TypeError(f'num_layers must be an integer, got {num_layers!r}')
+        one_of('decay_type', self._decay_type, DECAY_TYPES)
+        if cfg.get('num_layers') is not None:
+            integer('num_layers', cfg['num_layers'], 1)
         for key, options in cfg.get('custom_keys', {}).items():
             if not isinstance(options, dict):
                 raise TypeError(
@@ -101,15 +92,8 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
                     f'{CUSTOM_OPTIONS}, got {options!r}'
                 )
             for name, value in options.items():
-                if name not in CUSTOM_OPTIONS:
-                    raise ValueError(
-                        f'custom_keys[{key!r}] has {name!r}; allowed: {CUSTOM_OPTIONS}'
-                    )
-                if isinstance(value, bool) or not isinstance(value, Real):
-                    raise TypeError(
-                        f'custom_keys[{key!r}][{name!r}] must be a'
-                        f' number, got {value!r}'
-                    )
+                one_of(f'a key of custom_keys[{key!r}]', name, CUSTOM_OPTIONS)
+                number(f'custom_keys[{key!r}][{name!r}]', value)
         if self.base_lr is None:
             raise ValueError(
                 'layer decay scales the learning rate: set lr in '
@@ -120,7 +104,7 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     def _decay_type(self) -> str:
         return self.paramwise_cfg.get('decay_type', 'layer_wise')
 
-    def add_params(self, params: list[dict], module: nn.Module, **kwargs) -> None:
+    def add_params(self, params: list[dict], module: nn.Module, **kwargs: Any) -> None:
         """Appends the parameter groups of ``module``, the whole model.
 
         Args:
@@ -133,7 +117,7 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         custom_keys = self.paramwise_cfg.get('custom_keys', {})
         # Longest first, as in MMEngine: the most specific key decides.
         sorted_keys = sorted(sorted(custom_keys), key=len, reverse=True)
-        groups: dict[tuple, dict] = {}
+        groups: dict[tuple[int, bool, str], dict] = {}
         for name, param in module.named_parameters():
             if not param.requires_grad:
                 continue
@@ -141,8 +125,8 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
             decays = not (
                 param.ndim <= 1 or name.endswith(('.bias', '.grn.gamma', '.grn.beta'))
             )
-            custom = next((key for key in sorted_keys if key in name), None)
-            key = (layer_id, not decays, custom or '')
+            custom = next((key for key in sorted_keys if key in name), '')
+            key = (layer_id, not decays, custom)
             if key not in groups:
                 groups[key] = self._new_group(layer_id, full_id, decays, custom)
             groups[key]['params'].append(param)
@@ -160,7 +144,7 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         """A function from parameter name to layer id, and the id of the full
         learning rate."""
         backbone = getattr(model, 'backbone', None)
-        if not hasattr(backbone, 'get_layer_depth'):
+        if backbone is None or not hasattr(backbone, 'get_layer_depth'):
             found = (
                 'no backbone'
                 if backbone is None
