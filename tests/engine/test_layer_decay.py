@@ -257,7 +257,11 @@ def test_a_wrapped_model_is_unwrapped():
             ['decay_type', "'block'", 'stage_wise'],
         ),
         (dict(decay_rate=0.7, num_layers=2), ValueError, ['num_layers=2', '3']),
-        (dict(decay_rate=0.7, num_layers=0), ValueError, ['num_layers', 'at least 1', 'got 0']),
+        (
+            dict(decay_rate=0.7, num_layers=0),
+            ValueError,
+            ['num_layers', 'at least 1', 'got 0'],
+        ),
         (dict(decay_rate=0.7, num_layers=6.0), TypeError, ['num_layers', '6.0']),
         (
             dict(decay_rate=0.7, dwconv_decay_mult=0.0),

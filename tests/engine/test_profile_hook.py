@@ -1,14 +1,14 @@
 """``tools/train.py --profile``, on a CPU."""
 
-import csv
 import gzip
 import json
+import re
 import sys
 
 import pytest
 
 from convnext_mm.datasets import write_shapes
-from convnext_mm.engine.hooks.profile_hook import Cost, StepProfilerHook
+from convnext_mm.engine.hooks.profile_hook import StepProfilerHook
 from repo import FEW_ITERATIONS, SHAPES, free_port, run, tool
 
 SEGMENTOR = 'configs/demo/upernet_convnext-atto_shapes.py'
@@ -29,17 +29,14 @@ def check_files(folder, rank, steps):
         e['name'] for e in events if e.get('name', '').startswith('ProfilerStep#')
     }
     assert len(marked) == steps
-    with open(folder / f'rank{rank}_costs.csv') as file:
-        costs = list(csv.DictReader(file))
-    assert tuple(costs[0]) == Cost._fields
-    shares = [float(cost['share_percent']) for cost in costs]
-    assert shares == sorted(shares, reverse=True)
-    assert sum(shares) == pytest.approx(100)
-    by_name = {cost['operator']: cost for cost in costs}
-    optimizer = next(n for n in by_name if n.startswith('Optimizer.step'))
-    assert float(by_name[optimizer]['calls_per_step']) == 1
-    assert any('lean_backward' in name for name in by_name)
-    return (folder / f'rank{rank}_costs.txt').read_text()
+    table = (folder / f'rank{rank}_costs.txt').read_text()
+    rows = [re.split(r'\s{2,}', line.strip()) for line in table.splitlines()]
+    rows = [row for row in rows if row[-1].isdigit()]
+    calls = {row[0]: int(row[-1]) for row in rows}
+    assert any('lean_backward' in name for name in calls)
+    shares = [float(row[1].rstrip('%')) for row in rows]
+    assert shares == sorted(shares, reverse=True) and 50 < sum(shares) <= 100
+    return table
 
 
 @pytest.mark.slow
