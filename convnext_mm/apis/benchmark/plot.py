@@ -50,7 +50,10 @@ def read_panels(paths: Sequence[str]) -> dict[tuple[str, str, str], list[Bar]]:
     """
     panels: dict[tuple[str, str, str], list[Bar]] = {}
     for path in paths:
-        result = json.loads(Path(path).read_text())
+        try:
+            result = json.loads(Path(path).read_text())
+        except ValueError:
+            result = None
         if not isinstance(result, dict) or 'rows' not in result:
             raise ValueError(f'{path} is no result of tools/benchmark.py')
         height, width = result['size']

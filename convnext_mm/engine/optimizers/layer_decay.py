@@ -140,66 +140,67 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         params.extend(added)
         self._log_table(added)
 
-    def _layer_ids(self, model: nn.Module) -> tuple[Callable, int]:
+    def _layer_ids(self, model: nn.Module) -> tuple[Callable[[str], int], int]:
         """A function from parameter name to layer id, and the id of the full
         learning rate."""
-        backbone = getattr(model, 'backbone', None)
-        if backbone is None or not hasattr(backbone, 'get_layer_depth'):
-            found = (
-                'no backbone'
-                if backbone is None
-                else f'the backbone {type(backbone).__name__}'
-            )
-            raise ValueError(
-                'layer decay needs a model whose backbone has get_layer_depth '
-                f'(convnext_mm.ConvNeXt, mmpretrain backbones); '
-                f'{type(model).__name__} has {found}'
-            )
-        num_layers = self.paramwise_cfg.get('num_layers')
-
+        backbone: Any = getattr(model, 'backbone', None)
         if isinstance(backbone, ConvNeXt):
-            if num_layers is None:
-                num_layers = default_num_layers(backbone.depths)
+            return self._convnext_ids(model, backbone)
+        if hasattr(backbone, 'get_layer_depth'):
+            return self._ids_of_another(backbone)
+        found = (
+            'no backbone'
+            if backbone is None
+            else f'the backbone {type(backbone).__name__}'
+        )
+        raise ValueError(
+            'layer decay needs a model whose backbone has get_layer_depth '
+            f'(convnext_mm.ConvNeXt, mmpretrain backbones); '
+            f'{type(model).__name__} has {found}'
+        )
 
-            def get_id(name: str) -> int:
-                return get_layer_id(name, num_layers, self._decay_type, PREFIX)
+    def _convnext_ids(
+        self, model: nn.Module, backbone: ConvNeXt
+    ) -> tuple[Callable[[str], int], int]:
+        default = default_num_layers(backbone.depths)
+        num_layers = self.paramwise_cfg.get('num_layers') or default
 
-            # An id above num_layers + 1 would mean a scale above 1.
-            excess = (
-                max(get_id(name) for name, _ in model.named_parameters())
-                - num_layers
-                - 1
+        def get_id(name: str) -> int:
+            return get_layer_id(name, num_layers, self._decay_type, PREFIX)
+
+        # An id above num_layers + 1 would mean a scale above 1.
+        highest = max(get_id(name) for name, _ in model.named_parameters())
+        excess = highest - num_layers - 1
+        if excess > 0:
+            raise ValueError(
+                f'num_layers={num_layers} gives some layers of this '
+                'backbone more than the full learning rate; at least '
+                f'{num_layers + excess} is needed for {self._decay_type} decay of '
+                f'depths {backbone.depths}, {default} is the default'
             )
-            if num_layers < 1 or excess > 0:
-                raise ValueError(
-                    f'num_layers={num_layers} gives some layers of this '
-                    'backbone more than the full learning rate; at least '
-                    f'{num_layers + max(excess, 1 - num_layers)} is needed '
-                    f'for {self._decay_type} decay of depths '
-                    f'{backbone.depths}, '
-                    f'{default_num_layers(backbone.depths)} is the default'
-                )
-            return get_id, num_layers + 1
+        return get_id, num_layers + 1
 
+    def _ids_of_another(self, backbone: Any) -> tuple[Callable[[str], int], int]:
+        kind = type(backbone).__name__
         if self._decay_type != 'layer_wise':
             raise ValueError(
-                f'decay_type={self._decay_type!r} is for '
-                f'convnext_mm.ConvNeXt; {type(backbone).__name__} is served '
-                "with 'layer_wise'"
+                f'decay_type={self._decay_type!r} is for convnext_mm.ConvNeXt; '
+                f"{kind} is served with 'layer_wise'"
             )
         full_id = backbone.get_layer_depth('head', PREFIX)[1] - 1
+        num_layers = self.paramwise_cfg.get('num_layers')
         if num_layers not in (None, full_id - 1):
             raise ValueError(
-                f'num_layers={num_layers}, but {type(backbone).__name__} '
-                f'counts {full_id - 1} layers itself; leave num_layers out'
+                f'num_layers={num_layers}, but {kind} counts {full_id - 1} layers '
+                'itself; leave num_layers out'
             )
 
-        def get_depth(name: str) -> int:
+        def get_id(name: str) -> int:
             if not name.startswith(PREFIX):
                 return full_id
             return backbone.get_layer_depth(name, PREFIX)[0]
 
-        return get_depth, full_id
+        return get_id, full_id
 
     def _new_group(
         self, layer_id: int, full_id: int, decays: bool, custom: str
