@@ -1,12 +1,19 @@
 """ConvNeXt backbones for OpenMMLab detection and segmentation."""
 
 try:
-    import mmengine  # noqa: F401
+    import mmengine.runner  # noqa: F401
 except ModuleNotFoundError as error:
+    # MMEngine imports OpenCV, which comes in several packages that overwrite each
+    # other, and requires none.
+    advice = {
+        'mmengine': 'it comes as onedl-mmengine (maintained) or mmengine: install one, '
+        'for example with `pip install onedl-mmengine`',
+        'cv2': 'MMEngine needs OpenCV: `pip install opencv-python-headless`',
+    }
+    if error.name not in advice:
+        raise
     raise ModuleNotFoundError(
-        'convnext_mm needs MMEngine, which comes as onedl-mmengine (maintained)'
-        ' or mmengine: install one, for example with `pip install '
-        'onedl-mmengine`'
+        f'convnext_mm needs {error.name}: {advice[error.name]}', name=error.name
     ) from error
 
 from . import compat  # noqa: F401

@@ -63,7 +63,8 @@ def main() -> int:
 def fingerprint() -> str:
     """What .venv was made from: another one means that it is out of date."""
     digest = hashlib.sha256(f'{sys.version} {ROOT}'.encode())
-    for path in (CONSTRAINTS, ROOT / 'setup.cfg', Path(__file__)):
+    version = ROOT / 'convnext_mm' / 'version.py'  # is in the installed metadata
+    for path in (CONSTRAINTS, ROOT / 'setup.cfg', version, Path(__file__)):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 

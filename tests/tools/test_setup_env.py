@@ -1,11 +1,15 @@
 """What set-up refuses, in one sentence with the fix."""
 
+import re
 import subprocess
 import sys
+from configparser import ConfigParser
+from importlib import metadata
 
 import pytest
+from packaging.requirements import Requirement
 
-from repo import load_tool
+from repo import ROOT, load_tool
 
 
 @pytest.fixture
@@ -91,6 +95,18 @@ def test_a_second_run_starts_at_once(setup_env, monkeypatch):
     assert setup_env.main() == 0 and len(called) == 6
 
 
+@pytest.mark.parametrize('name', ['setup.cfg', 'convnext_mm/version.py', 'pins'])
+def test_what_makes_an_environment_out_of_date(setup_env, monkeypatch, tmp_path, name):
+    monkeypatch.setattr(setup_env, 'CONSTRAINTS', tmp_path / 'pins')
+    (tmp_path / 'convnext_mm').mkdir()
+    for path in ('setup.cfg', 'convnext_mm/version.py', 'pins'):
+        (tmp_path / path).write_text('before')
+    before = setup_env.fingerprint()
+    assert setup_env.fingerprint() == before
+    (tmp_path / name).write_text('after')
+    assert setup_env.fingerprint() != before
+
+
 def test_a_stale_mmcv_is_built_again(setup_env, monkeypatch):
     """The first build comes from pip's cache and does not import."""
     builds, imports = [], iter([False, False, True])
@@ -132,3 +148,55 @@ def test_all_pins_are_found(setup_env):
         'opencv-python-headless',
     ):
         assert setup_env.pinned(name).startswith(f'{name}==')
+
+
+def canonical(name: str) -> str:
+    return re.sub(r'[-_.]+', '-', name).lower()
+
+
+def requirements_of(name: str, extras: tuple = ()) -> dict[str, Requirement]:
+    """What a distribution needs, directly and by what that needs."""
+    found, waiting, seen = {}, [(name, extras)], set()
+    while waiting:
+        current = waiting.pop()
+        if current in seen:
+            continue
+        seen.add(current)
+        name, extras = current
+        for text in metadata.requires(name) or ():
+            needed = Requirement(text)
+            if needed.marker is None or any(
+                needed.marker.evaluate({'extra': extra}) for extra in (*extras, '')
+            ):
+                found[canonical(needed.name)] = needed
+                waiting.append((needed.name, tuple(sorted(needed.extras))))
+    return found
+
+
+@pytest.mark.skipif(sys.version_info[:2] != (3, 11), reason='the pins are for 3.11')
+def test_the_pins_are_all_and_only_what_is_needed():
+    """Another set would be installed on another day."""
+    lines = (ROOT / 'requirements' / 'constraints.txt').read_text().splitlines()
+    pins = {
+        canonical(line.partition('==')[0]) for line in lines if not line.startswith('#')
+    }
+    setup = ConfigParser()
+    setup.read(ROOT / 'setup.cfg')
+    direct = [
+        Requirement(line)
+        for value in (
+            setup['options']['install_requires'],
+            *setup['options.extras_require'].values(),
+        )
+        for line in value.splitlines()
+        if line and not line.startswith('#')
+    ]
+    needed = {canonical(requirement.name) for requirement in direct}
+    needed |= {'setuptools', 'wheel', 'ninja', 'psutil', 'packaging'}  # to build
+    needed |= {'opencv-python-headless'}
+    for name in sorted(needed):
+        extras = {e for r in direct if canonical(r.name) == name for e in r.extras}
+        needed |= requirements_of(name, tuple(sorted(extras))).keys()
+    # PyTorch's wheel requires them by their exact versions itself.
+    needed = {n for n in needed if not n.startswith(('nvidia-', 'cuda-'))}
+    assert pins == needed
