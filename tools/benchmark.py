@@ -97,10 +97,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     )
     parser.add_argument('--rounds', type=int, default=5)
     parser.add_argument(
-        '--warmup',
-        type=int,
-        default=-1,
-        help='rounds before (default: 1; on a GPU 3)',
+        '--warmup', type=int, default=-1, help='rounds before (default: 1; on a GPU 3)'
     )
     parser.add_argument('--device', choices=['cpu', 'cuda'], default='cpu')
     parser.add_argument(

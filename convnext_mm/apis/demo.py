@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from convnext_mm.datasets.data_paths import check_data
-from convnext_mm.engine.launch import fit_to_device, runner_of
+from convnext_mm.engine.launch import build_runner, fit_to_device
 
 from .config import load_config
 
@@ -69,9 +69,9 @@ def run_demo(config: str, goals: dict[str, float], **options: Any) -> bool:
     draw_data(Path(cfg.data_root))
     fit_to_device(cfg)
     check_data(cfg, ['train_dataloader', 'val_dataloader'])
-    with runner_of(cfg) as runner:
-        runner.train()
-        draw_pictures(runner, Path(cfg.work_dir) / 'pictures')
+    runner = build_runner(cfg)
+    runner.train()
+    draw_pictures(runner, Path(cfg.work_dir) / 'pictures')
     training, evaluations = read_log(runner)
     metrics = last_metrics(evaluations, cfg.default_scope)
     plot_curves(

@@ -1,6 +1,7 @@
 """Fitting a config to the machine, and its runner."""
 
 import contextlib
+import gc
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -83,16 +84,23 @@ def _replace_sync_bn(node: Any) -> int:
 
 
 @contextlib.contextmanager
-def runner_of(cfg: Config) -> Iterator[MMEngineRunner]:
-    """The runner of a config, and the process group that it works in: on a CPU
-    it is started here, everywhere it is ended after the work. A process that
-    exits with gloo's threads running may be aborted by them.
+def process_group(cfg: Config) -> Iterator[None]:
+    """Ends the process group of a run that is over; on a CPU, starts it first.
+
+    What still holds the group, a wrapped model above all, must be gone by then:
+    only without any holder does gloo end its threads, and a thread that lets go
+    of a tensor while Python shuts down aborts the process.
     """
     if cfg.launcher == 'pytorch' and get_device() == 'cpu':
         # MMEngine's start of a process group selects a CUDA device.
         torch.distributed.init_process_group('gloo')
-    build = RUNNERS.build if 'runner_type' in cfg else Runner.from_cfg
-    yield build(cfg)
+    yield
     # Not after an error: the other processes may wait in a collective.
     if torch.distributed.is_available() and torch.distributed.is_initialized():
+        gc.collect()
         torch.distributed.destroy_process_group()
+
+
+def build_runner(cfg: Config) -> MMEngineRunner:
+    """The runner of a config, inside its :func:`process_group`."""
+    return RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)

@@ -3,13 +3,17 @@
 import copy
 import os
 import socket
+from pathlib import Path
 
 import pytest
 import torch
 import torch.multiprocessing as mp
+from mmengine.config import Config
 from torch.nn.parallel import DistributedDataParallel
 
 from convnext_mm import ConvNeXt
+from convnext_mm.engine.launch import process_group
+from repo import free_port
 
 SMALL = dict(depths=[1, 1, 2, 1], channels=[8, 16, 24, 32])
 CASES = [
@@ -62,3 +66,27 @@ def test_ddp_without_unused_parameters():
         free.bind(('127.0.0.1', 0))
         port = free.getsockname()[1]
     mp.spawn(worker, (port, CASES), nprocs=2)
+
+
+def gloo_threads():
+    """Names of this process's threads that gloo runs."""
+    names = [p.read_text().strip() for p in Path('/proc/self/task').glob('*/comm')]
+    return [name for name in names if 'gloo' in name]
+
+
+@pytest.mark.skipif(not Path('/proc/self/task').is_dir(), reason='no /proc')
+def test_no_thread_of_gloo_outlives_a_run(monkeypatch):
+    """One that lets go of a tensor while Python shuts down aborts it."""
+    values = dict(
+        MASTER_ADDR='127.0.0.1', MASTER_PORT=free_port(), RANK=0, WORLD_SIZE=1
+    )
+    for name, value in values.items():
+        monkeypatch.setenv(name, str(value))
+    with process_group(Config(dict(launcher='pytorch'))):
+        model = DistributedDataParallel(torch.nn.Linear(2, 1))
+        model.itself = [model]  # as a runner and its hooks hold each other
+        model(torch.rand(1, 2)).sum().backward()
+        del model
+        assert gloo_threads()
+    assert not torch.distributed.is_initialized()
+    assert not gloo_threads()

@@ -9,6 +9,7 @@ each are listed.
 """
 
 import argparse
+import functools
 import itertools
 import json
 import os
@@ -169,35 +170,41 @@ def check_block(shape, dtype, kernel: int, version: int, dilation: int) -> dict:
 
     from convnext_mm.ops import eager
     from convnext_mm.ops.triton import operators
+    from convnext_mm.ops.weights import BlockWeights
 
     n, c, _, _ = shape
     m = 4 * c
     randn = generator()
     # Magnitudes that keep every layer's output near 1.
-    values = [
-        randn(*shape).contiguous(memory_format=torch.channels_last),
-        randn(c, 1, kernel, kernel) / kernel,
-        randn(c) / 10,
-        1 + randn(c) / 10,
-        randn(c) / 10,
-        randn(m, c) / c**0.5,
-        randn(m) / 10,
-        randn(c, m) / m**0.5,
-        randn(c) / 10,
-        randn(c) if version == 1 else None,
-        randn(1, 1, 1, m) if version == 2 else None,
-        randn(1, 1, 1, m) if version == 2 else None,
-    ]
-    drop_scale = torch.full((n,), 1.25, device=values[0].device)
+    x = randn(*shape).contiguous(memory_format=torch.channels_last)
+    weights = BlockWeights(
+        dwconv_weight=randn(c, 1, kernel, kernel) / kernel,
+        dwconv_bias=randn(c) / 10,
+        norm_weight=1 + randn(c) / 10,
+        norm_bias=randn(c) / 10,
+        pwconv1_weight=randn(m, c) / c**0.5,
+        pwconv1_bias=randn(m) / 10,
+        pwconv2_weight=randn(c, m) / m**0.5,
+        pwconv2_bias=randn(c) / 10,
+        gamma=randn(c) if version == 1 else None,
+        grn_gamma=randn(1, 1, 1, m) if version == 2 else None,
+        grn_beta=randn(1, 1, 1, m) if version == 2 else None,
+    )
+    drop_scale = torch.full((n,), 1.25, device=x.device)
     drop_scale[n // 2 :] = 0
+
+    def of_values(block):
+        return lambda x, *weights: block(
+            x, BlockWeights(*weights), drop_scale, dilation=dilation
+        )
+
     return compare(
         f'block V{version} {kernel}x{kernel} d{dilation}',
         shape,
         dtype,
-        lambda *v, **k: eager.block(*v, drop_scale, **k),
-        lambda *v, **k: operators.block(*v, drop_scale, **k),
-        values,
-        dict(dilation=dilation),
+        of_values(eager.block),
+        of_values(operators.block),
+        (x, *weights),
     )
 
 
@@ -223,10 +230,9 @@ def check_layer(name: str, shape, dtype) -> dict:
         name,
         shape,
         dtype,
-        getattr(eager, name),
-        getattr(operators, name),
+        functools.partial(getattr(eager, name), **settings),
+        functools.partial(getattr(operators, name), **settings),
         values,
-        settings,
     )
 
 
@@ -239,7 +245,7 @@ def generator():
     return lambda *shape: torch.randn(*shape, generator=source).to(device)
 
 
-def compare(name: str, shape, dtype, plain, fused, values, settings: dict) -> dict:
+def compare(name: str, shape, dtype, plain, fused, values) -> dict:
     """Errors against fp64 of output and gradients. Allowed is the project's
     contract: in fp32 1e-5 and 1e-4 of the largest value; in 16 bit 1.5 times
     the plain one's error, root mean square, of which a few extreme roundings
@@ -250,7 +256,7 @@ def compare(name: str, shape, dtype, plain, fused, values, settings: dict) -> di
         inputs = [
             None if v is None else v.detach().to(dtype).requires_grad_() for v in values
         ]
-        out = function(*inputs, **settings)
+        out = function(*inputs)
         generator = torch.Generator().manual_seed(1)
         grad = torch.randn(out.shape, generator=generator).to(out)
         wanted = [v for v in inputs if v is not None]
@@ -376,45 +382,39 @@ def start_all(c: int, dtype) -> None:
     input in the same dtype, or in fp32 as under autocast."""
     import torch
 
+    from convnext_mm.ops import fused
     from convnext_mm.ops.triton import operators
+    from convnext_mm.ops.weights import BlockNeeds, BlockWeights
 
     n, height, width, m = 1, 2, 4, 4 * c
     zeros = torch.zeros
-    params = [
-        zeros(c, 1, 7, 7),
-        *(zeros(c) for _ in range(3)),
-        zeros(m, c),
-        zeros(m),
-        zeros(c, m),
-        zeros(c),
-    ]
-    scale = torch.ones(n)
-    versions = ([zeros(c), None, None], [None, zeros(1, 1, 1, m), zeros(1, 1, 1, m)])
-    for extra in versions:
+    plain = BlockWeights(
+        dwconv_weight=zeros(c, 1, 7, 7),
+        dwconv_bias=zeros(c),
+        norm_weight=zeros(c),
+        norm_bias=zeros(c),
+        pwconv1_weight=zeros(m, c),
+        pwconv1_bias=zeros(m),
+        pwconv2_weight=zeros(c, m),
+        pwconv2_bias=zeros(c),
+    )
+    grn = dict(grn_gamma=zeros(1, 1, 1, m), grn_beta=zeros(1, 1, 1, m))
+    all_needed = BlockNeeds(*[True] * len(BlockNeeds._fields))
+    settings = (torch.ones(n), 1e-6, 1)  # drop scale, eps, dilation
+    for weights in (plain._replace(gamma=zeros(c)), plain._replace(**grn)):
         for x_dtype in {dtype, torch.float32}:
             x = zeros(n, c, height, width, dtype=x_dtype).contiguous(
                 memory_format=torch.channels_last
             )
-            arguments = (x, *params, *extra, scale, 1e-6, 1, dtype)
-            operators._forward(*arguments, 0)
-            out, cast, maps, hidden = operators._forward(*arguments, 2)
-            operators._backward(
-                out,
-                x if cast is None else cast,
-                maps,
-                hidden,
-                *params,
-                *extra,
-                scale,
-                1e-6,
-                1,
-                x_dtype,
-                [True] * 12,
-            )
-            grad = operators._norm_op(
-                x, params[2], params[3], 1e-6, False, torch.float32
-            )
-            operators._norm_backward_op(grad, x, params[2], params[3], 1e-6)
+            for keep in (fused.KEEP_NOTHING, fused.KEEP_ALL):
+                out, cast, maps, hidden = operators._forward(
+                    x, weights, *settings, dtype, keep
+                )
+            kept = (x if cast is None else cast, maps, hidden)
+            operators._backward(out, *kept, weights, *settings, x_dtype, all_needed)
+            norm = (plain.norm_weight, plain.norm_bias, 1e-6)
+            grad = operators._norm_op(x, *norm, False, torch.float32)
+            operators._norm_backward_op(grad, x, *norm)
 
 
 def resource_usage(cubin: bytes) -> dict[str, int]:
