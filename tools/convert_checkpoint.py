@@ -8,7 +8,7 @@ from pathlib import Path
 from convnext_mm.apis.convert import SUFFIXES, convert_file
 from convnext_mm.checkpoint import CheckpointError
 from convnext_mm.checkpoint.convert import Report
-from convnext_mm.checkpoint.errors import shown
+from convnext_mm.checkpoint.errors import shown, summarise
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -50,21 +50,11 @@ def print_report(args: argparse.Namespace, report: Report) -> None:
         ('used', f'{len(report.used)} tensors'),
     ]
     rows += [
-        (
-            f'{"left out" if i == 0 else ""}',
-            f'{len(keys)} {label}: {", ".join(keys[:3])}'
-            f'{", ..." if len(keys) > 3 else ""}',
-        )
-        for i, (label, keys) in enumerate(report.leftovers.items())
+        ('left out' if i == 0 else '', f'{kind}: {summarise(keys)}')
+        for i, (kind, keys) in enumerate(report.leftovers.items())
     ]
     if report.not_finite:
-        rows.append(
-            (
-                'WARNING',
-                f'{len(report.not_finite)} weights hold NaN '
-                f'or Inf: {", ".join(report.not_finite[:10])}',
-            )
-        )
+        rows.append(('WARNING', f'NaN or Inf: {summarise(report.not_finite, 10)}'))
     rows.append(('written', shown(args.target)))
     for name, value in rows:
         print(f'{name:17} {value}')

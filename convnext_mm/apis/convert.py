@@ -9,9 +9,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from convnext_mm.checkpoint import CheckpointFileError
-from convnext_mm.checkpoint.convert import Report, check_complete
+from convnext_mm.checkpoint.convert import Report
 from convnext_mm.checkpoint.errors import shown
-from convnext_mm.checkpoint.load import Source, read_backbone, without_final_norm
+from convnext_mm.checkpoint.load import Source, read_network
 
 SUFFIXES = ('.pth', '.pt', '.safetensors')
 
@@ -41,9 +41,8 @@ def convert_file(
         raise CheckpointFileError(
             f'the folder {shown(target.parent)} does not exist; make it first'
         )
-    state, report = read_backbone(source, prefix, trust_pickle)
-    check_complete(state, report)
-    state = own_memory(without_final_norm(state, report))
+    state, report = read_network(source, prefix, trust_pickle)
+    state = own_memory(state)
     # Written beside and then renamed: the source may be the same file.
     partial = target.with_name(f'{target.name}.{os.getpid()}.tmp')
     try:

@@ -1,6 +1,9 @@
-"""What can go wrong with a checkpoint, one class for each thing to do."""
+"""What can go wrong with a checkpoint, one class for each thing to do, and how
+messages name what comes from outside."""
 
 import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from numbers import Number
 
 
@@ -24,8 +27,21 @@ class CheckpointMismatchError(CheckpointError):
     """The checkpoint's ConvNeXt is incomplete or does not fit the model."""
 
 
+class NoWeightsError(CheckpointMismatchError):
+    """A model is loaded, and there is nothing for the ConvNeXt in it."""
+
+
 class CheckpointDownloadError(CheckpointError):
     """A remote checkpoint could not be fetched."""
+
+
+@contextmanager
+def naming(source: object) -> Iterator[None]:
+    """Puts the name of a checkpoint before the message of an error about it."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise type(error)(f'{shown(source)}: {error}') from error
 
 
 def shown(value: object, limit: int = 200) -> str:
@@ -48,3 +64,14 @@ def shown(value: object, limit: int = 200) -> str:
         for c in str(value)[: limit + 1]
     )
     return text if len(text) <= limit else f'{text[:limit]}...'
+
+
+def quoted(prefix: str) -> str:
+    """A prefix from a file, as a message may hold it."""
+    return f"'{shown(prefix)}'"
+
+
+def summarise(names: Sequence[str], limit: int = 3) -> str:
+    """A few of many names from a file, as a message may hold them."""
+    text = ', '.join(shown(name, 100) for name in names[:limit])
+    return text if len(names) <= limit else f'{text}, ... ({len(names)} in all)'

@@ -3,21 +3,22 @@
 A row of :data:`FAMILIES` says how one library names the parts of a ConvNeXt.
 Names may use ``{s}`` (stage, from 0), ``{s1}`` (stage, from 1), ``{even}`` and
 ``{odd}`` (2 s, 2 s + 1) and ``{b}`` (block). To add a family, add a row and a
-test. Our own layout is that of the paper's release.
+test. What our own names are: :mod:`.layout`.
 """
 
 from collections.abc import Iterable
 from functools import cache
 from typing import NamedTuple
 
-from .errors import UnknownCheckpointError, shown
+from convnext_mm.archs import NUM_STAGES
 
-NUM_STAGES = 4
+from .errors import UnknownCheckpointError, quoted
+from .layout import FINAL_NORM, MAP_NORM, STEM
+
 MAX_BLOCKS = 64  # in one stage; the deepest published one has 30
-# Our names for a classifier's last normalisation: of the pooled features, and
-# of the map that it pools then.
-FINAL_NORM = 'final_norm'
-MAP_NORM = f'{FINAL_NORM}_of_map'
+# Kinds of leftovers that fitting finds, too.
+FINAL_NORM_KIND = 'final norm'
+OUT_NORMS_KIND = 'output norms that the model does not build'
 
 
 class Family(NamedTuple):
@@ -42,7 +43,10 @@ class Family(NamedTuple):
     marker: str | None = None
 
 
-_PAPER = dict(
+# What several families share: names of the parts, without norms after them.
+_PAPER = Family(
+    name='',
+    origin='',
     stem=('downsample_layers.0.0', 'downsample_layers.0.1'),
     downsample=('downsample_layers.{s}.0', 'downsample_layers.{s}.1'),
     block='stages.{s}.{b}',
@@ -51,7 +55,9 @@ _PAPER = dict(
     pwconv1='pwconv1',
     pwconv2='pwconv2',
 )
-_TIMM = dict(
+_TIMM = Family(
+    name='',
+    origin='',
     stem=('stem.0', 'stem.1'),
     downsample=('stages.{s}.downsample.0', 'stages.{s}.downsample.1'),
     block='stages.{s}.blocks.{b}',
@@ -63,57 +69,47 @@ _TIMM = dict(
 )
 
 FAMILIES = (
-    Family(
-        'paper',
-        "the paper's release, V1 and V2, classifiers and fine-tuned detectors "
+    _PAPER._replace(
+        name='paper',
+        origin="the paper's release, V1 and V2, classifiers and fine-tuned detectors "
         'and segmentors; convnext_mm',
-        **_PAPER,
         final_norm='norm',
         out_norm='norm{s}',
     ),
-    Family(
-        'dinov3',
-        "DINOv3's release",
-        **_PAPER,
+    _PAPER._replace(
+        name='dinov3',
+        origin="DINOv3's release",
         final_norm='norm',
         marker='norms.3.weight',
     ),
-    Family(
-        'fcmae',
-        'masked pretraining of ConvNeXt V2, sparse convolutions',
-        **{
-            **_PAPER,
-            'downsample': ('downsample_layers.{s}.0.ln', 'downsample_layers.{s}.1'),
-            'norm': 'norm.ln',
-            'pwconv1': 'pwconv1.linear',
-            'pwconv2': 'pwconv2.linear',
-        },
+    _PAPER._replace(
+        name='fcmae',
+        origin='masked pretraining of ConvNeXt V2, sparse convolutions',
+        downsample=('downsample_layers.{s}.0.ln', 'downsample_layers.{s}.1'),
+        norm='norm.ln',
+        pwconv1='pwconv1.linear',
+        pwconv2='pwconv2.linear',
         kernel='kernel',
     ),
-    Family(
-        'timm',
-        'timm, V1 and V2, linear or 1x1-convolution MLP',
-        **_TIMM,
+    _TIMM._replace(
+        name='timm',
+        origin='timm, V1 and V2, linear or 1x1-convolution MLP',
         final_norm='head.norm',
         map_norm='norm_pre',
     ),
-    Family(
-        'open_clip',
-        'OpenCLIP, with a timm trunk',
-        **_TIMM,
+    _TIMM._replace(
+        name='open_clip',
+        origin='OpenCLIP, with a timm trunk',
         final_norm='head.norm',
         map_norm='norm_pre',
         marker='visual.trunk.stem.0.weight',
     ),
-    Family(
-        'timm_features',
-        'timm with features_only=True',
-        **{
-            **_TIMM,
-            'stem': ('stem_0', 'stem_1'),
-            'downsample': ('stages_{s}.downsample.0', 'stages_{s}.downsample.1'),
-            'block': 'stages_{s}.blocks.{b}',
-        },
+    _TIMM._replace(
+        name='timm_features',
+        origin='timm with features_only=True',
+        stem=('stem_0', 'stem_1'),
+        downsample=('stages_{s}.downsample.0', 'stages_{s}.downsample.1'),
+        block='stages_{s}.blocks.{b}',
     ),
     Family(
         'torchvision',
@@ -158,20 +154,21 @@ FAMILIES = (
         pwconv2='pointwise_conv2',
         final_norm='layer_norm',
     ),
-    Family(
-        'mmpretrain',
-        'mmpretrain classifiers, and MMDetection and MMSegmentation models on '
+    _PAPER._replace(
+        name='mmpretrain',
+        origin='mmpretrain classifiers, and MMDetection and MMSegmentation models on '
         'its backbone',
-        **{
-            **_PAPER,
-            'dwconv': 'depthwise_conv',
-            'pwconv1': 'pointwise_conv1',
-            'pwconv2': 'pointwise_conv2',
-        },
+        dwconv='depthwise_conv',
+        pwconv1='pointwise_conv1',
+        pwconv2='pointwise_conv2',
         out_norm='norm{s}',
     ),
 )
 
+# A container or prefix of these names holds an averaged copy of the weights.
+EMA_NAMES = ('model_ema', 'state_dict_ema', 'ema', 'ema_model')
+# MMEngine saves the averaged weights as state_dict and the others here.
+SWAPPED_EMA = 'ema_state_dict'
 # Leftovers that are expected, by the first pattern of each that a key contains
 # (dots mark whole parts of a name).
 LEFTOVERS: dict[str, tuple[str, ...]] = {
@@ -197,7 +194,7 @@ LEFTOVERS: dict[str, tuple[str, ...]] = {
         '.auxiliary_head.',
         '.data_preprocessor.',
     ),
-    'final norm': (
+    FINAL_NORM_KIND: (
         '.norm.',
         '.norms.',
         '.layernorm.',
@@ -208,27 +205,24 @@ LEFTOVERS: dict[str, tuple[str, ...]] = {
         '.classifier.0.',
     ),
     'classifier head': ('.head.', '.classifier.', '.fc.'),
-    'output norms that the model does not build': (
+    OUT_NORMS_KIND: (
         '.norm0.',
         '.norm1.',
         '.norm2.',
         '.norm3.',
         '.hidden_states_norms.',
     ),
-    'averaged copy of another training state': ('.ema_state_dict.',),
+    'averaged copy of another training state': (f'.{SWAPPED_EMA}.',),
 }
-# A container or prefix of these names holds an averaged copy of the weights.
-EMA_NAMES = ('model_ema', 'state_dict_ema', 'ema', 'ema_model')
-# MMEngine saves the averaged weights as state_dict and the others here.
-SWAPPED_EMA = 'ema_state_dict'
 
 
 def _affine(ours: str, theirs: str, weight: str = 'weight') -> dict[str, str]:
     return {f'{theirs}.{weight}': f'{ours}.weight', f'{theirs}.bias': f'{ours}.bias'}
 
 
-def _names_of(family: Family) -> dict[str, str]:
-    """Every name that the family can give a parameter, to ours."""
+def layer_names(family: Family) -> dict[str, str]:
+    """Every name that the family can give a parameter of stem, downsampling
+    layers and stages, to ours."""
     names = {}
     for s in range(NUM_STAGES):
         place = dict(s=s, s1=s + 1, even=2 * s, odd=2 * s + 1)
@@ -274,7 +268,7 @@ def _all_names() -> dict[str, dict[str, str]]:
     """name in some family -> {family: our name}."""
     names: dict[str, dict[str, str]] = {}
     for family in FAMILIES:
-        for theirs, ours in _names_of(family).items():
+        for theirs, ours in layer_names(family).items():
             names.setdefault(theirs, {})[family.name] = ours
     return names
 
@@ -287,7 +281,7 @@ def _most_parts() -> int:
 
 # What a network has at least, whatever its depth.
 _CORE = {
-    'downsample_layers.0.0.weight',
+    STEM,
     'stages.0.0.dwconv.weight',
     'stages.0.0.pwconv1.weight',
     'stages.0.0.pwconv2.weight',
@@ -306,9 +300,7 @@ def recognise(keys: Iterable[str]) -> list[Recognised]:
     """Every ConvNeXt among the keys, by prefix; the largest first.
 
     A ConvNeXt is what has parameters of stem, downsampling layers or stages
-    named as in one family, all behind the same prefix. Where names fit several
-    families the one that explains most keys is taken, then one whose marker is
-    there; and others only where they have a network of their own there.
+    named as in one family, all behind the same prefix.
     """
     keys = list(keys)
     found: dict[str, dict[str, dict[str, str]]] = {}
@@ -319,38 +311,46 @@ def recognise(keys: Iterable[str]) -> list[Recognised]:
                 break
             start = key.rfind('.', 0, start - 1) + 1
             for family, ours in _all_names().get(key[start:], {}).items():
-                found.setdefault(key[:start], {}).setdefault(family, {})[
-                    key[start:]
-                ] = ours
-
+                names = found.setdefault(key[:start], {}).setdefault(family, {})
+                names[key[start:]] = ours
     marked = {
         family.name
         for family in FAMILIES
-        if family.marker is not None
-        and any(f'.{key}'.endswith(f'.{family.marker}') for key in keys)
+        if family.marker is None
+        or any(f'.{key}'.endswith(f'.{family.marker}') for key in keys)
     }
-    results = []
-    for prefix, by_family in found.items():
-        candidates = sorted(
-            (
-                family
-                for family in FAMILIES
-                if family.name in by_family
-                and (family.marker is None or family.name in marked)
-            ),
-            key=lambda family: (len(by_family[family.name]), family.marker is not None),
-            reverse=True,
-        )
-        taken: list[dict[str, str]] = []
-        for family in candidates:
-            names = by_family[family.name]
-            if not taken or (
-                all(set(n.values()) >= _CORE for n in (*taken, names))
-                and all(names.keys() - n.keys() for n in taken)
-            ):
-                taken.append(names)
-                results.append(Recognised(family, prefix, names))
-    return sorted(results, key=lambda result: -len(result.names))
+    networks = [
+        network
+        for prefix, by_family in found.items()
+        for network in _networks(prefix, by_family, marked)
+    ]
+    return sorted(networks, key=lambda network: -len(network.names))
+
+
+def _networks(
+    prefix: str, by_family: dict[str, dict[str, str]], marked: set[str]
+) -> list[Recognised]:
+    """What lies behind a prefix. Where names fit several families the one that
+    explains most keys is taken, then one with a marker; others only where they
+    have a network of their own there."""
+    candidates = sorted(
+        (
+            family
+            for family in FAMILIES
+            if family.name in by_family and family.name in marked
+        ),
+        key=lambda family: (len(by_family[family.name]), family.marker is not None),
+        reverse=True,
+    )
+    taken: list[Recognised] = []
+    for family in candidates:
+        names = by_family[family.name]
+        if not taken or (
+            all({*n.values()} >= _CORE for n in (names, *(t.names for t in taken)))
+            and all(names.keys() - t.names.keys() for t in taken)
+        ):
+            taken.append(Recognised(family, prefix, names))
+    return taken
 
 
 def choose(found: list[Recognised], prefix: str | None) -> tuple[Recognised, bool]:
@@ -407,11 +407,6 @@ def _behind(found: list[Recognised], prefix: str) -> list[Recognised]:
             f'found behind: {places}'
         )
     return kept
-
-
-def quoted(prefix: str) -> str:
-    """A prefix from a file, as a message may hold it."""
-    return f"'{shown(prefix)}'"
 
 
 def label_leftover(key: str) -> str:

@@ -11,16 +11,11 @@ convnext_mm itself when it builds a type of this package. From then on
 - do not take the state of an optimizer or scheduler that is not theirs.
 """
 
-import inspect
-import re
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping
-from numbers import Real
 from typing import Any
 
-import torch
 from mmengine.infer.infer import BaseInferencer
-from mmengine.logging import HistoryBuffer, print_log
+from mmengine.logging import print_log
 from mmengine.model import BaseModule, PretrainedInit, update_init_info
 from mmengine.optim import OptimWrapper, _ParamScheduler
 from mmengine.registry import WEIGHT_INITIALIZERS
@@ -32,12 +27,17 @@ from .errors import (
     CheckpointError,
     CheckpointFileError,
     CheckpointMismatchError,
+    NoWeightsError,
+    naming,
+    quoted,
     shown,
 )
-from .families import quoted, recognise
-from .load import AnyFamily, NoWeightsError, load_pretrained
+from .families import recognise
+from .load import AnyFamily, load_pretrained
+from .orders import without_orders
 from .reader import read_checkpoint
 from .remote import fetch
+from .resume import check_state, checked_scheduler_state
 
 # MMEngine's names for addresses.
 NAMED_ADDRESSES = {
@@ -47,8 +47,6 @@ NAMED_ADDRESSES = {
     'openmmlab': mmengine_checkpoint.get_external_models,
     'mmcls': mmengine_checkpoint.get_mmcls_models,
 }
-# How an optimizer computes, not what.
-IMPLEMENTATION_KEYS = ('fused', 'foreach', 'capturable', 'differentiable')
 _load_state_dict = mmengine_checkpoint.load_state_dict
 _initialize = PretrainedInit.__call__
 _init_weights = BaseModule.init_weights
@@ -84,7 +82,7 @@ def load_for_mmengine(
 
     Returns:
         The dictionary in the file without what MMEngine would run or use as a
-        path, see :func:`without_orders`.
+        path, see :func:`.orders.without_orders`.
 
     Raises:
         CheckpointError: It cannot be fetched or read, or is not safe.
@@ -100,153 +98,11 @@ def load_for_mmengine(
             )
         filename = addresses[name]
     content = read_checkpoint(fetch(filename))
-    try:
+    with naming(filename):
         content = without_orders(content)
-    except CheckpointError as error:
-        raise type(error)(f'{shown(filename)}: {error}') from error
     if scheme == 'mmcls':
         return mmengine_checkpoint._process_mmcls_checkpoint(content)
     return content
-
-
-def without_orders(content: dict[str, Any]) -> dict[str, Any]:
-    """A read checkpoint without what MMEngine would act upon.
-
-    It runs ``meta['config']``, ``meta['cfg']`` and the ``cfg`` of the message
-    hub as Python, deletes the file or folder that ``best_ckpt`` of the message
-    hub names, and builds file names from ``keep_ckpt_ids``. So neither
-    configuration comes through, and of the message hub's ``runtime_info`` only
-    numbers and lists of whole numbers.
-
-    Raises:
-        CheckpointFileError: A state dict or the message hub is no dictionary, a
-            name of a weight no printable text, or text stands where the
-            settings of an optimizer or loss scale are numbers.
-    """
-    content = (
-        dict(content) if 'state_dict' in content else _state_dict(content, 'top level')
-    )
-    for key in ('state_dict', 'ema_state_dict'):
-        if key in content:
-            content[key] = _state_dict(content[key], key)
-    if 'state_dict' in content or 'meta' in content:
-        meta = content.get('meta')
-        content['meta'] = {
-            key: value
-            for key, value in (meta if isinstance(meta, dict) else {}).items()
-            if key not in ('config', 'cfg')
-            and (key not in ('epoch', 'iter', 'seed') or _is_count(value))
-        }
-    _check_beside_state(content.get('optimizer'))
-    if 'message_hub' in content:
-        content['message_hub'] = _numbers_of(content['message_hub'])
-    return content
-
-
-def _check_beside_state(optimizer: Any) -> None:
-    """What optimizer wrappers keep beside the state of an optimizer, which
-    looks at its own."""
-    for key, own in optimizer.items() if isinstance(optimizer, dict) else ():
-        if key not in ('loss_scaler', 'base_param_settings'):
-            _check_beside_state(own if key != 'state' else None)
-        elif not (
-            isinstance(own, dict)
-            and all(
-                _is_number(own[name])
-                for name in own
-                if name
-                in (
-                    'lr',
-                    'scale',
-                    'growth_factor',
-                    'backoff_factor',
-                    'growth_interval',
-                    '_growth_tracker',
-                )
-            )
-        ):
-            raise CheckpointFileError(
-                f'the {key} of its optimizer holds {shown(own)} where numbers belong'
-            )
-
-
-def _numbers_of(hub: Any) -> dict[str, Any]:
-    """Of a message hub the histories, and the numbers of its information."""
-    if not isinstance(hub, dict):
-        raise CheckpointFileError(f'its message_hub is {shown(hub)}, not a dictionary')
-    parts: dict[str, Any] = {
-        name: {
-            key: value
-            for key, value in part.items()
-            if isinstance(key, str) and key.isprintable() and keep(key, value)
-        }
-        for name, keep in (
-            ('log_scalars', _is_history),
-            ('runtime_info', _is_info),
-            ('resumed_keys', _is_flag),
-        )
-        for part in [hub.get(name)]
-        if isinstance(part, dict)
-    }
-    known = {
-        key for name in ('log_scalars', 'runtime_info') for key in parts.get(name, ())
-    }
-    if 'resumed_keys' in parts:
-        parts['resumed_keys'] = {
-            key: flag for key, flag in parts['resumed_keys'].items() if key in known
-        }
-    return parts
-
-
-def _state_dict(state: Any, where: str) -> dict[str, Any]:
-    if not isinstance(state, Mapping):
-        raise CheckpointFileError(
-            f'its {where} is a {type(state).__name__}, not a dictionary of weights'
-        )
-    for key in state:
-        if not (isinstance(key, str) and key.isprintable()):
-            raise CheckpointFileError(
-                f'its {where} has the key {shown(key, 80)} '
-                f'({type(key).__name__}): names of weights are printable text'
-            )
-    # As MMEngine's runner cuts names.
-    if len({re.sub(r'^module.', '', key) for key in state}) < len(state):
-        raise CheckpointFileError(
-            f"its {where} has names with and without 'module.' before them, "
-            'two networks in one place: keep those of one'
-        )
-    clean = OrderedDict(state)
-    metadata = getattr(state, '_metadata', None)
-    clean._metadata = OrderedDict(
-        (name, dict(version=entry['version']))
-        for name, entry in (metadata if isinstance(metadata, dict) else {}).items()
-        if isinstance(entry, dict) and _is_count(entry.get('version'))
-    )
-    return clean
-
-
-def _is_count(value: Any) -> bool:
-    return type(value) is int and value >= 0
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, Real) or (
-        isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex()
-    )
-
-
-def _is_flag(key: str, value: Any) -> bool:
-    return type(value) is bool
-
-
-def _is_history(key: str, value: Any) -> bool:
-    return isinstance(value, HistoryBuffer)
-
-
-def _is_info(key: str, value: Any) -> bool:
-    if key.startswith('keep_ckpt_ids'):
-        return type(value) is list and all(map(_is_count, value))
-    return value is None or _is_number(value)
 
 
 def load_state_dict(
@@ -372,180 +228,6 @@ def init_optim_wrapper(wrapper: OptimWrapper, *args: Any, **kwargs: Any) -> None
     wrapper.optimizer.register_load_state_dict_pre_hook(check_state)
 
 
-def check_state(
-    optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]
-) -> dict[str, Any]:
-    """Looks at a state to load (fused optimizers do not, and would write beyond
-    it), and gives it this run's choice of implementation: ``fused`` and
-    ``foreach`` come along with a checkpoint, and would undo what the config
-    says.
-
-    Raises:
-        CheckpointMismatchError: It is of another model or optimizer.
-    """
-    own, groups = optimizer.param_groups, state_dict.get('param_groups')
-    states = state_dict.get('state')
-    if not (
-        isinstance(groups, list)
-        and isinstance(states, dict)
-        and len(groups) == len(own)
-        and all(
-            isinstance(group, dict)
-            and type(group.get('params')) is list
-            and len(group['params']) == len(mine['params'])
-            and all(type(index) is int for index in group['params'])
-            for group, mine in zip(groups, own)
-        )
-    ):
-        raise CheckpointMismatchError(
-            'the state of the optimizer has not the groups of parameters of '
-            f'this run ({[len(mine["params"]) for mine in own]})'
-        )
-    loaded, states = [], dict(states)
-    for mine, group in zip(own, groups):
-        for key in dict.fromkeys(('lr', *group)):
-            if (
-                key in mine
-                and key != 'params'
-                and not _are_alike(group.get(key), mine[key])
-            ):
-                raise CheckpointMismatchError(
-                    f'the state of the optimizer has {shown(key)}='
-                    f'{shown(group.get(key))} where this run has '
-                    f'{shown(mine[key])}'
-                )
-        loaded.append(
-            {**group, **{key: mine[key] for key in IMPLEMENTATION_KEYS if key in mine}}
-        )
-        kept = _kept_for_a_parameter(optimizer, {**mine, **loaded[-1]})
-        for index, param in zip(group['params'], mine['params']):
-            state = states.get(index)
-            if state is None:
-                continue
-            if not (
-                isinstance(state, dict)
-                and (
-                    not kept
-                    or (
-                        state.keys() == kept.keys()
-                        and all(
-                            _is_like(state[key], param)
-                            if is_map
-                            else _is_number(state[key])
-                            for key, is_map in kept.items()
-                        )
-                    )
-                )
-            ):
-                raise CheckpointMismatchError(
-                    'the state of the optimizer is not of this model and '
-                    f'optimizer: for a parameter of {tuple(param.shape)} it '
-                    'has '
-                    + (
-                        ', '.join(
-                            f'{shown(key)} {tuple(getattr(value, "shape", ()))}'
-                            for key, value in state.items()
-                        )
-                        if isinstance(state, dict)
-                        else shown(state)
-                    )
-                )
-            # Elements are taken in the order in which they lie in memory.
-            states[index] = {
-                key: torch.empty_like(
-                    param, dtype=value.dtype, device=value.device, requires_grad=False
-                ).copy_(value)
-                if kept.get(key) and value.stride() != param.stride()
-                else value
-                for key, value in state.items()
-            }
-    return {**state_dict, 'param_groups': loaded, 'state': states}
-
-
-def _is_like(value: Any, param: Tensor) -> bool:
-    return (
-        isinstance(value, Tensor)
-        and value.shape == param.shape
-        and value.layout == param.layout
-        and not value.is_complex()
-    )
-
-
-def _kept_for_a_parameter(
-    optimizer: torch.optim.Optimizer, group: dict[str, Any]
-) -> dict[str, bool]:
-    """What one of torch's optimizers keeps for a parameter, tried on one, and
-    whether in its shape; nothing where it is not torch's."""
-    if not type(optimizer).__module__.startswith('torch.optim.'):
-        return {}
-    accepted = inspect.signature(type(optimizer)).parameters
-    options = {
-        key: value
-        for key, value in group.items()
-        if key in accepted and key not in ('params', *IMPLEMENTATION_KEYS)
-    }
-    param = nn.Parameter(torch.zeros(1))
-    param.grad = torch.zeros(1)
-    try:
-        trial = type(optimizer)([param], **options)
-        trial.step()
-    # L-BFGS wants a closure, SparseAdam sparse gradients.
-    except (TypeError, ValueError, RuntimeError):
-        return {}
-    return {
-        key: isinstance(value, Tensor) and value.dim() > 0
-        for key, value in trial.state[param].items()
-    }
-
-
-def load_scheduler(scheduler: _ParamScheduler, state_dict: dict[str, Any]) -> None:
-    """``_ParamScheduler.load_state_dict``, which sets any attribute.
-
-    Raises:
-        CheckpointMismatchError: It is the state of another scheduler.
-    """
-    own = scheduler.state_dict()
-    # A function (of OneCycleLR) stays this run's own.
-    state = (
-        {key: value for key, value in state_dict.items() if not callable(own.get(key))}
-        if isinstance(state_dict, dict)
-        else None
-    )
-    different = (
-        ['type']
-        if state is None
-        else [
-            key
-            for key, value in state.items()
-            if key not in own
-            or not _are_alike(value, own[key])
-            or (isinstance(own[key], str) and value != own[key])
-        ]
-    )
-    if different:
-        raise CheckpointMismatchError(
-            f'the state of a {type(scheduler).__name__} is not of this run: '
-            f'{shown(different[0])} differs; resume with the param_scheduler '
-            'that it was saved with'
-        )
-    _load_scheduler(scheduler, state)
-
-
-def _are_alike(value: Any, own: Any) -> bool:
-    """Whether a stored setting has the type of a run's own."""
-    if own is None or isinstance(own, bool):
-        return value is None or isinstance(value, bool)
-    if isinstance(own, (Real, Tensor)):
-        return _is_number(value) and not isinstance(value, bool)
-    if isinstance(own, (list, tuple)):
-        return (
-            isinstance(value, (list, tuple))
-            and len(value) == len(own)
-            and all(map(_are_alike, value, own))
-        )
-    if isinstance(own, dict):
-        return isinstance(value, dict) and all(
-            _is_count(key) or (key in own and _are_alike(value[key], own[key]))
-            for key in value
-        )
-    return isinstance(value, type(own))
+def load_scheduler(scheduler: _ParamScheduler, state_dict: Any) -> None:
+    """``_ParamScheduler.load_state_dict``; it takes its own state only."""
+    _load_scheduler(scheduler, checked_scheduler_state(scheduler, state_dict))

@@ -14,7 +14,7 @@ import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -39,6 +39,11 @@ DATES = tuple(
 # Named as the default of a defaultdict, and never called.
 ONLY_NAMED = tuple(
     f'builtins.{name}' for name in ('list', 'dict', 'int', 'float', 'str', 'bool')
+)
+# Of NumPy before version 2, and since.
+ARRAY_CALLS, SCALAR_CALLS = (
+    tuple(f'numpy.{core}.multiarray.{name}' for core in ('core', '_core'))
+    for name in ('_reconstruct', 'scalar')
 )
 # Large integers can be made to collide in a dictionary, and so can tuples. A
 # file with more than a few such keys is no checkpoint.
@@ -125,8 +130,7 @@ CALLS: dict[str, Callable[..., bool]] = {
             'collections.defaultdict',
             'collections.deque',
             'builtins.complex',
-            'numpy.core.multiarray.scalar',
-            'numpy._core.multiarray.scalar',
+            *SCALAR_CALLS,
             *PATHS,
             *DATES,
         ),
@@ -139,7 +143,7 @@ CALLS: dict[str, Callable[..., bool]] = {
     'numpy.dtype': _is_number_dtype,
     # NumPy makes an empty array first; shape and data follow as its state.
     **dict.fromkeys(
-        (f'numpy.{core}.multiarray._reconstruct' for core in ('core', '_core')),
+        ARRAY_CALLS,
         lambda cls, shape, code: cls == Name('numpy.ndarray') and shape == (0,),
     ),
     # MMEngine stores methods of these beside their values. The reader answers
@@ -179,7 +183,12 @@ OPCODES = (
 class _DryRun(pickle._Unpickler):
     """Python's unpickler, with stand-ins for all that is no plain data."""
 
-    dispatch: dict[int, Callable] = {}
+    dispatch: ClassVar[dict[int, Callable]] = {}
+    # Of Python's unpickler, which its annotations leave out.
+    stack: list[Any]
+    append: Callable[[Any], None]
+    pop_mark: Callable[[], list[Any]]
+    proto: int
 
     def __init__(self, file: io.BytesIO) -> None:
         super().__init__(file, encoding='utf-8')
@@ -296,7 +305,7 @@ class _DryRun(pickle._Unpickler):
             allowed = isinstance(state, dict) and state.keys() <= {'_metadata'}
         elif name == 'numpy.dtype':
             allowed = _is_dtype_state(state)
-        elif name.endswith('multiarray._reconstruct'):
+        elif name in ARRAY_CALLS:
             allowed = _is_array_state(state)
         else:
             allowed = name in CLASSES and isinstance(state, dict)
@@ -307,11 +316,10 @@ class _DryRun(pickle._Unpickler):
             )
 
 
-for _name in OPCODES:
-    _code = getattr(pickle, _name)[0]
-    _DryRun.dispatch[_code] = getattr(
-        _DryRun, pickle._Unpickler.dispatch[_code].__name__
-    )
+_DryRun.dispatch.update(
+    (code, getattr(_DryRun, pickle._Unpickler.dispatch[code].__name__))
+    for code in (getattr(pickle, name)[0] for name in OPCODES)
+)
 
 
 def _refuse(reason: str) -> None:

@@ -15,11 +15,12 @@ import stat
 import struct
 import zipfile
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path, PurePosixPath
 from threading import Lock
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
 import numpy as np
 import safetensors.torch
@@ -27,21 +28,29 @@ import torch
 from mmengine.logging import HistoryBuffer
 from safetensors import SafetensorError
 
-from .errors import CheckpointError, CheckpointFileError, UnsafeCheckpointError, shown
+from .errors import (
+    CheckpointError,
+    CheckpointFileError,
+    UnsafeCheckpointError,
+    naming,
+    shown,
+)
 from .pickle_check import (
+    ARRAY_CALLS,
     DATES,
     HISTORY_BUFFER,
     MAPPINGS,
     ONE_CYCLE,
     ONLY_NAMED,
     PATHS,
+    SCALAR_CALLS,
     check_pickle,
 )
 
 # Files whose pickles the user vouches for, separated as in PATH.
 TRUST_VARIABLE = 'CONVNEXT_MM_TRUST_PICKLE'
 # Older loaders have known ways around weights_only (CVE-2025-32434 and later).
-SAFE_TORCH = (2, 10)
+SAFE_TORCH = '2.10'
 
 CHUNK = 1 << 20
 MAX_HEADER = 16 << 20  # of safetensors; an xlarge model's has 50 kB
@@ -67,8 +76,11 @@ SAVE_AGAIN = (
 
 _SAFE_GLOBALS = Lock()  # torch has one list for all threads
 
-Reader = Callable[[BinaryIO, int], Any]
+Reader = Callable[[BinaryIO], Any]
 LoadStorage = Callable[[str, int, int], torch.UntypedStorage]
+# torch does not annotate them.
+new_storage: Callable[[int], torch.UntypedStorage] = torch.UntypedStorage
+typed_storage: Callable[..., torch.storage.TypedStorage] = torch.storage.TypedStorage
 
 
 class _ReadHistoryBuffer(HistoryBuffer):
@@ -111,7 +123,7 @@ def _inert_types() -> list[Any]:
         type(np.dtype(code))
         for code in np.typecodes['AllFloat'] + np.typecodes['AllInteger'] + '?'
     }
-    core = np.array(0).__reduce__()[0]
+    array = np.array(0).__reduce__()[0]
     scalar = np.float64(0).__reduce__()[0]
     return [
         Namespace,
@@ -128,11 +140,8 @@ def _inert_types() -> list[Any]:
         *((_read_path, name) for name in PATHS),
         *((_empty_dict, name) for name in (ONE_CYCLE, *ONLY_NAMED)),
         *(getattr(datetime, name.partition('.')[2]) for name in DATES),
-        *(
-            (function, f'numpy.{package}.multiarray.{name}')
-            for package in ('core', '_core')
-            for function, name in ((core, '_reconstruct'), (scalar, 'scalar'))
-        ),
+        *((array, name) for name in ARRAY_CALLS),
+        *((scalar, name) for name in SCALAR_CALLS),
     ]
 
 
@@ -173,9 +182,10 @@ def read_checkpoint(
             MMEngine's history buffers; or torch is too old to read pickles
             safely.
     """
-    with _named(path) as path:
-        with _open(path) as file:
-            content = _read(file, trust_pickle or _is_vouched_for(path))
+    place = expanded(path)
+    with naming(path):
+        with _open(place) as file:
+            content = _read(file, trust_pickle or _is_vouched_for(place))
         if not isinstance(content, dict):
             raise CheckpointFileError(
                 f'holds a {type(content).__name__}; a checkpoint is a '
@@ -191,19 +201,23 @@ def check_format(path: str | os.PathLike) -> None:
         CheckpointFileError: There is no such file, or it has none of the
             formats of checkpoints; the message says what it is.
     """
-    with _named(path) as path, _open(path) as file:
+    place = expanded(path)
+    with naming(path), _open(place) as file:
         _find_reader(file)
 
 
-@contextmanager
-def _named(path: str | os.PathLike) -> Iterator[Path]:
-    """Puts the path before the message of a checkpoint error."""
+def expanded(path: str | os.PathLike, advice: str = 'write the full path') -> Path:
+    """The path with the user's home folder for ``~``.
+
+    Raises:
+        CheckpointFileError: There is none; ``advice`` says what to do.
+    """
     try:
-        yield Path(path).expanduser()
-    except CheckpointError as error:
-        raise type(error)(f'{shown(path)}: {error}') from error
-    except RuntimeError as error:  # of expanduser: no such user
-        raise CheckpointFileError(f'{shown(path)}: {shown(error)}') from error
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise CheckpointFileError(
+            f'{shown(path)}: its ~ names no home folder; {advice}'
+        ) from error
 
 
 @contextmanager
@@ -242,7 +256,6 @@ def _is_vouched_for(path: Path) -> bool:
 
 def _find_reader(file: BinaryIO) -> Reader:
     head = file.read(4096)
-    size = os.fstat(file.fileno()).st_size
     file.seek(0)
     if not head:
         raise CheckpointFileError('the file is empty')
@@ -253,7 +266,7 @@ def _find_reader(file: BinaryIO) -> Reader:
     if (
         len(head) > 8
         and head[8:9] == b'{'
-        and struct.unpack('<Q', head[:8])[0] <= min(MAX_HEADER, size - 8)
+        and struct.unpack('<Q', head[:8])[0] <= min(MAX_HEADER, _size(file) - 8)
     ):
         return _read_safetensors
     text = head.lstrip().lower()
@@ -283,12 +296,12 @@ def _read(file: BinaryIO, trusted: bool) -> Any:
     elif is_pickle and torch.torch_version.TorchVersion(torch.__version__) < SAFE_TORCH:
         raise UnsafeCheckpointError(
             f'is a pickle, and torch {torch.__version__} cannot read pickles '
-            'safely (CVE-2025-32434): use torch 2.10 or later, a .safetensors '
+            f'safely (CVE-2025-32434): use torch {SAFE_TORCH} or later, a .safetensors '
             f'file, or, if you made the file yourself, set {TRUST_VARIABLE} '
             'to its path'
         )
     try:
-        return reader(file, os.fstat(file.fileno()).st_size)
+        return reader(file)
     except UnsafeCheckpointError as error:
         raise UnsafeCheckpointError(
             f'{error}. If you made the file yourself, set {TRUST_VARIABLE} to '
@@ -307,7 +320,11 @@ def _read(file: BinaryIO, trusted: bool) -> Any:
         ) from error
 
 
-def _read_trusted(file: BinaryIO, size: int) -> Any:
+def _size(file: BinaryIO) -> int:
+    return os.fstat(file.fileno()).st_size
+
+
+def _read_trusted(file: BinaryIO) -> Any:
     return torch.load(file, map_location='cpu', weights_only=False)
 
 
@@ -322,8 +339,10 @@ def _unpickle(data: bytes, load_storage: LoadStorage) -> Any:
     # records of an archive up in its own way, whatever was checked before, and
     # gives storages without data the memory as it happens to be.
     try:
-        from torch._weights_only_unpickler import Unpickler
-    except ImportError as error:
+        unpickler = import_module('torch._weights_only_unpickler').Unpickler(
+            io.BytesIO(data), encoding='utf-8'
+        )
+    except (ImportError, AttributeError) as error:
         raise UnsafeCheckpointError(
             f'is a pickle, and in torch {torch.__version__} this reader does '
             'not find the unpickler of weights_only=True: use a .safetensors '
@@ -344,11 +363,8 @@ def _unpickle(data: bytes, load_storage: LoadStorage) -> Any:
             raise CheckpointFileError(
                 f'declares storage {shown(key)} with two sizes: it is damaged'
             )
-        return torch.storage.TypedStorage(
-            wrap_storage=storages[key], dtype=dtype, _internal=True
-        )
+        return typed_storage(wrap_storage=storages[key], dtype=dtype, _internal=True)
 
-    unpickler = Unpickler(io.BytesIO(data), encoding='utf-8')
     unpickler.persistent_load = load
     with _only_inert_types():
         content = unpickler.load()
@@ -361,22 +377,22 @@ def _unpickle(data: bytes, load_storage: LoadStorage) -> Any:
     return content
 
 
-def _fill(storage: torch.UntypedStorage, file: BinaryIO) -> None:
+def _fill(storage: torch.UntypedStorage, file: IO[bytes]) -> None:
     """Reads the bytes of a storage."""
-    if storage.nbytes() == 0:
-        return
-    view = memoryview(torch.empty(0, dtype=torch.uint8).set_(storage).numpy())
+    memory = torch.empty(0, dtype=torch.uint8).set_(storage).numpy().data
     # Chunks that stay in the processor's cache.
-    for start in range(0, len(view), CHUNK):
-        chunk = view[start : start + CHUNK]
-        if file.readinto(chunk) != len(chunk):
+    for start in range(0, len(memory), CHUNK):
+        place = memory[start : start + CHUNK]
+        chunk = file.read(len(place))
+        if len(chunk) < len(place):
             raise CheckpointFileError('it is truncated')
+        place[:] = chunk
 
 
-def _read_archive(file: BinaryIO, size: int) -> Any:
+def _read_archive(file: BinaryIO) -> Any:
     """The zip archive of torch.save."""
     with zipfile.ZipFile(file) as archive:
-        records = _list_records(archive, size)
+        records = _list_records(archive, _size(file))
         if records.get('byteorder') and archive.read(records['byteorder']) != b'little':
             raise CheckpointFileError(
                 f'its numbers are not little-endian; {SAVE_AGAIN}'
@@ -390,7 +406,7 @@ def _read_archive(file: BinaryIO, size: int) -> Any:
             record = records.get(f'data/{key}')
             if record is None or record.file_size != num_elements * item_size:
                 raise _missing_bytes(key, num_elements * item_size)
-            storage = torch.UntypedStorage(record.file_size)
+            storage = new_storage(record.file_size)
             with archive.open(record) as content:
                 _fill(storage, content)
                 content.read()  # at its end the checksum is looked at
@@ -427,13 +443,15 @@ def _list_records(archive: zipfile.ZipFile, size: int) -> dict[str, zipfile.ZipI
             'the archive was not written by torch.save (no data.pkl)'
         )
     if not any(info.CRC for info in infos):
-        # Written with torch.serialization.set_crc32_options(False).
-        for info in infos:
+        # Written with torch.serialization.set_crc32_options(False). With None
+        # zipfile compares nothing, of which its annotations do not know.
+        unchecked: Iterable[Any] = infos
+        for info in unchecked:
             info.CRC = None
     return records
 
 
-def _read_legacy(file: BinaryIO, size: int) -> Any:
+def _read_legacy(file: BinaryIO) -> Any:
     """The row of pickles that torch before 1.6 wrote: magic number, version,
     system, content, keys of the storages; then the storages."""
     data = file.read()
@@ -442,7 +460,7 @@ def _read_legacy(file: BinaryIO, size: int) -> Any:
         starts.append(check_pickle(data, starts[-1]))
     storages: dict[str, torch.UntypedStorage] = {}
     sizes: dict[str, int] = {}
-    left = size
+    left = len(data)
 
     def load_storage(
         key: str, num_elements: int, item_size: int
@@ -456,12 +474,12 @@ def _read_legacy(file: BinaryIO, size: int) -> Any:
         if left < 0:
             raise _missing_bytes(key, num_elements * item_size)
         sizes[key] = num_elements
-        storages[key] = torch.UntypedStorage(num_elements * item_size)
+        storages[key] = new_storage(num_elements * item_size)
         return storages[key]
 
     version, system, content, keys = (
         _unpickle(data[start:end], load_storage)
-        for start, end in itertools.pairwise(starts)
+        for start, end in itertools.pairwise(starts[1:])
     )
     if version != LEGACY_VERSION or system.get('little_endian') is not True:
         raise CheckpointFileError(
@@ -491,7 +509,7 @@ def _missing_bytes(key: str, num_bytes: int) -> CheckpointFileError:
     )
 
 
-def _read_safetensors(file: BinaryIO, size: int) -> dict[str, torch.Tensor]:
+def _read_safetensors(file: BinaryIO) -> dict[str, torch.Tensor]:
     data = file.read()
     length = struct.unpack('<Q', data[:8])[0]
     json.loads(data[8 : 8 + length], object_pairs_hook=_unique)

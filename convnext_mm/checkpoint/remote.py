@@ -12,9 +12,9 @@ import logging
 import os
 import re
 from collections.abc import Callable, Iterator
-from http.client import HTTPException, HTTPResponse
+from http.client import HTTPException, HTTPMessage, HTTPResponse
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 from urllib.parse import unquote, urlsplit
 from urllib.request import HTTPRedirectHandler, Request, build_opener
 
@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TransferSpeedColumn
 
 from .errors import CheckpointDownloadError, CheckpointError, CheckpointFileError, shown
-from .reader import check_format
+from .reader import check_format, expanded
 
 CACHE_VARIABLE = 'CONVNEXT_MM_CACHE'
 QUIET_VARIABLE = 'HF_HUB_DISABLE_PROGRESS_BARS'  # set to one of QUIET
@@ -66,7 +66,7 @@ def fetch(source: str | os.PathLike) -> Path:
     source = os.fsdecode(source)
     scheme, separator, rest = source.partition('://')
     if not separator:
-        return _expanded(source, 'write the full path')
+        return expanded(source)
     fetchers = {
         'https': lambda: _fetch_url(source),
         'http': lambda: _fetch_url(source),
@@ -92,19 +92,10 @@ def cache_dir() -> Path:
         CheckpointFileError: Its ``~`` names no home folder.
     """
     base = os.environ.get('XDG_CACHE_HOME') or '~/.cache'
-    return _expanded(
+    return expanded(
         os.environ.get(CACHE_VARIABLE) or os.path.join(base, 'convnext_mm'),
         f'set {CACHE_VARIABLE} to a full path',
     )
-
-
-def _expanded(path: str, advice: str) -> Path:
-    try:
-        return Path(path).expanduser()
-    except RuntimeError as error:
-        raise CheckpointFileError(
-            f'{shown(path)}: its ~ names no home folder; {advice}'
-        ) from error
 
 
 def _once_per_machine(download: Callable[[], Path]) -> Path:
@@ -112,8 +103,7 @@ def _once_per_machine(download: Callable[[], Path]) -> Path:
     if world_size == 1:
         return download()
     path = failure = None
-    first = int(os.environ.get('LOCAL_RANK', rank)) == 0
-    if first:
+    if int(os.environ.get('LOCAL_RANK', rank)) == 0:
         try:
             path = download()
         except Exception as error:  # whatever it is, the others wait for word
@@ -123,7 +113,7 @@ def _once_per_machine(download: Callable[[], Path]) -> Path:
         raise failure
     if any(texts):
         raise CheckpointDownloadError(next(filter(None, texts)))
-    return path if first else download()  # from the cache
+    return path or download()  # from the cache
 
 
 def _hub() -> Any:
@@ -201,9 +191,17 @@ def _check_protected(url: str) -> None:
 class _ProtectedRedirects(HTTPRedirectHandler):
     """Every hop counts, not only the last: each can send us elsewhere."""
 
-    def redirect_request(self, request, file, code, reason, headers, url):
-        _check_protected(url)
-        return super().redirect_request(request, file, code, reason, headers, url)
+    def redirect_request(
+        self,
+        req: Request,
+        fp: IO[bytes],
+        code: int,
+        msg: str,
+        headers: HTTPMessage,
+        newurl: str,
+    ) -> Request | None:
+        _check_protected(newurl)
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
 def _open(url: str, **headers: str) -> HTTPResponse:
@@ -233,38 +231,19 @@ def _version(answer: HTTPResponse) -> str | None:
 def _download(url: str, path: Path) -> None:
     """Transfers, checks, and only then gives the file its name."""
     answer = _open(url)
-    size, version = answer.length, _version(answer)
+    version = _version(answer)
     # The version is in the name: parts of two versions are never joined.
     partial = path.with_name(f'{path.name}.{version}.incomplete')
     for other in path.parent.glob('*.incomplete'):
         if other != partial or version is None:
             other.unlink()
     start = partial.stat().st_size if partial.exists() else 0
-    if start:
-        # GET, as some servers and signed addresses allow nothing else; without
-        # If-Range, whose answer need not say which version it is.
-        rest = _open(url, Range=f'bytes={start}-') if start < size else answer
-        place = f'bytes {start}-{size - 1}/{size}'
-        if (_version(rest), rest.headers.get('Content-Range')) == (version, place):
-            answer = rest
-        else:
-            start = 0
-    quiet = os.environ.get(QUIET_VARIABLE, '').upper() in QUIET
-    progress = Progress(
-        '{task.description}',
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        console=Console(stderr=True),
-        disable=quiet,
-    )
-    task = progress.add_task(path.name, total=size, completed=start)
+    rest = _rest(url, answer, start)
     resumable = version is not None
     try:
-        with open(partial, 'ab' if start else 'wb') as file, progress:
-            for chunk in _chunks(answer, start, size):
-                file.write(chunk)
-                progress.advance(task, len(chunk))
+        _transfer(
+            rest or answer, partial, start if rest else 0, answer.length, path.name
+        )
         resumable = False  # complete: right or not
         if fault := _hash_fault(partial, path.name):
             raise CheckpointFileError(fault)
@@ -273,6 +252,41 @@ def _download(url: str, path: Path) -> None:
     finally:
         if not resumable:
             partial.unlink(missing_ok=True)
+
+
+def _rest(url: str, whole: HTTPResponse, start: int) -> HTTPResponse | None:
+    """An answer with the bytes of a file from ``start`` on, where the server has
+    one for the same version of the file."""
+    size = whole.length
+    if size is None or not 0 < start < size:
+        return None
+    # GET, as some servers and signed addresses allow nothing else; without
+    # If-Range, whose answer need not say which version it is.
+    rest = _open(url, Range=f'bytes={start}-')
+    fits = (_version(rest), rest.headers.get('Content-Range')) == (
+        _version(whole),
+        f'bytes {start}-{size - 1}/{size}',
+    )
+    return rest if fits else None
+
+
+def _transfer(
+    answer: HTTPResponse, partial: Path, start: int, size: int | None, name: str
+) -> None:
+    """Appends what is answered to the first ``start`` bytes, with progress."""
+    progress = Progress(
+        '{task.description}',
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        console=Console(stderr=True),
+        disable=os.environ.get(QUIET_VARIABLE, '').upper() in QUIET,
+    )
+    task = progress.add_task(name, total=size, completed=start)
+    with open(partial, 'ab' if start else 'wb') as file, progress:
+        for chunk in _chunks(answer, start, size):
+            file.write(chunk)
+            progress.advance(task, len(chunk))
 
 
 def _chunks(answer: HTTPResponse, done: int, size: int | None) -> Iterator[bytes]:

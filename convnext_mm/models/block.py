@@ -10,11 +10,12 @@ from mmengine.logging import print_log
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from convnext_mm.ops import deploy, eager, fused, lean, triton
+from convnext_mm.ops import deploy, eager, lean, triton
+from convnext_mm.ops.weights import BlockWeights
 
 
 class Implementation(NamedTuple):
-    """Functions with the signatures of those of :mod:`.ops.eager`."""
+    """Functions with the signatures of those of :mod:`convnext_mm.ops.eager`."""
 
     block: Callable[..., Tensor]
     downsample: Callable[..., Tensor]
@@ -78,7 +79,7 @@ def _needs_plain_operators() -> bool:
     if torch.compiler.is_compiling():
         return is_exporting()
     return (
-        torch.jit.is_tracing()
+        torch._C._is_tracing()
         or is_exporting()
         or torch.autograd.forward_ad._current_level >= 0
         or torch._C._functorch.peek_interpreter_stack() is not None
@@ -156,7 +157,7 @@ class Block(nn.Module):
         self.with_cp = with_cp
         self.impl = impl
         self.deployed = False
-        self._packed = (None, None)  # what of, and the packed weights
+        self._run_deployed = deploy.DeployedBlock()
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) to (N, C, H, W)."""
@@ -173,92 +174,41 @@ class Block(nn.Module):
     def switch_to_deploy(self) -> None:
         """Folds what :mod:`convnext_mm.ops.deploy` says into the pointwise
         layers; the folded parameters stay, as 1 and 0. For inference."""
-        for parameter, value in zip(
-            (
-                self.pwconv1.weight,
-                self.pwconv1.bias,
-                self.pwconv2.weight,
-                self.pwconv2.bias,
-            ),
-            self._folded(),
-        ):
-            parameter.copy_(value)
-        self.norm.weight.fill_(1)
-        self.norm.bias.zero_()
-        if self.gamma is not None:
-            self.gamma.fill_(1)
-        if self.grn is not None:
-            self.grn.beta.zero_()
+        weights = self._weights()
+        for parameter, value in zip(weights, deploy.fold(weights)):
+            if parameter is not None and value is not None:
+                parameter.copy_(value)
         self.deployed = True
-        self._packed = (None, None)
+        self._run_deployed = deploy.DeployedBlock()
 
-    def _folded(self) -> tuple[Tensor, ...]:
-        return deploy.fold(
-            self.norm.weight,
-            self.norm.bias,
-            self.pwconv1.weight,
-            self.pwconv1.bias,
-            self.pwconv2.weight,
-            self.pwconv2.bias,
-            self.gamma,
-            self.grn.beta if self.grn is not None else None,
+    def _weights(self) -> BlockWeights:
+        assert self.dwconv.bias is not None
+        return BlockWeights(
+            dwconv_weight=self.dwconv.weight,
+            dwconv_bias=self.dwconv.bias,
+            norm_weight=self.norm.weight,
+            norm_bias=self.norm.bias,
+            pwconv1_weight=self.pwconv1.weight,
+            pwconv1_bias=self.pwconv1.bias,
+            pwconv2_weight=self.pwconv2.weight,
+            pwconv2_bias=self.pwconv2.bias,
+            gamma=self.gamma,
+            grn_gamma=None if self.grn is None else self.grn.gamma,
+            grn_beta=None if self.grn is None else self.grn.beta,
         )
-
-    def _run_deployed(self, x: Tensor) -> Tensor:
-        dtype = fused.compute_dtype(x)
-        # Loading or moving weights must not leave an old copy in use.
-        source = (
-            dtype,
-            *(
-                (p.device, p.data_ptr(), 0 if p.is_inference() else p._version)
-                for p in self.parameters()
-            ),
-        )
-        if self._packed[0] != source:
-            self._packed = (
-                source,
-                deploy.pack(
-                    self.dwconv.weight,
-                    self.dwconv.bias,
-                    self._folded(),
-                    self.grn.gamma if self.grn is not None else None,
-                    dtype,
-                ),
-            )
-        return deploy.block(
-            x,
-            self._packed[1],
-            fused.out_dtype(x, self.gamma, dtype),
-            eps=self.norm.eps,
-            dilation=self.dwconv.dilation[0],
-        )
-
-    def __getstate__(self) -> dict:
-        # Reordered weights can be neither copied nor pickled.
-        return {**super().__getstate__(), '_packed': (None, None)}
 
     def _run(self, x: Tensor, drop_scale: Tensor | None) -> Tensor:
-        implementation = select_impl(self.impl, x)
+        run = select_impl(self.impl, x).block
         if (
             self.deployed
-            and implementation.block in (lean.block, lean.block_plus)
+            and run in (lean.block, lean.block_plus)
             and not torch.is_grad_enabled()
             and not torch.compiler.is_compiling()
         ):
-            return self._run_deployed(x)
-        return implementation.block(
+            run = self._run_deployed
+        return run(
             x,
-            self.dwconv.weight,
-            self.dwconv.bias,
-            self.norm.weight,
-            self.norm.bias,
-            self.pwconv1.weight,
-            self.pwconv1.bias,
-            self.pwconv2.weight,
-            self.pwconv2.bias,
-            self.gamma,
-            self.grn.gamma if self.grn is not None else None,
-            self.grn.beta if self.grn is not None else None,
+            self._weights(),
             drop_scale,
             eps=self.norm.eps,
             dilation=self.dwconv.dilation[0],
@@ -326,7 +276,7 @@ class Downsample(nn.Sequential):
         """(N, C, H, W) to (N, D, H / 2, W / 2) at the usual stride."""
         norm, conv = self
         if type(conv) is not nn.Conv2d:  # it does more than convolve
-            return super().forward(x)
+            return conv(norm(x))
         return select_impl(self.impl, x).downsample(
             x,
             norm.weight,

@@ -1,11 +1,11 @@
 """Initial weights of a classifier's last layer."""
 
-from torch import Tensor, nn
+from torch import nn
 
-from convnext_mm.checkpoint import CheckpointMismatchError, read_checkpoint
-from convnext_mm.checkpoint.errors import shown
-from convnext_mm.checkpoint.load import overflow
-from convnext_mm.checkpoint.remote import fetch
+from convnext_mm.checkpoint import CheckpointMismatchError
+from convnext_mm.checkpoint.errors import naming
+from convnext_mm.checkpoint.fit import fill
+from convnext_mm.checkpoint.load import read_beside
 from convnext_mm.registry import WEIGHT_INITIALIZERS, register
 
 
@@ -33,29 +33,20 @@ class ReleasedClassifierInit:
         """Fills ``module.fc``.
 
         Raises:
-            CheckpointError: The file cannot be fetched or read, or has no such
-                layer, or one of another size.
+            CheckpointError: The file cannot be fetched or read, or has no
+                backbone, or beside it no such layer, or one of another size.
         """
-        state = read_checkpoint(fetch(self.checkpoint))
-        state = state.get('model', state)
-        state = state if isinstance(state, dict) else {}
-        for name, param in module.fc.named_parameters():
-            value = state.get(f'head.{name}')
-            is_weight = isinstance(value, Tensor) and (
-                value.is_floating_point() and not value.is_meta
-            )
-            shape = tuple(value.shape) if is_weight else 'none'
-            if shape != tuple(param.shape):
-                raise CheckpointMismatchError(
-                    f'{shown(self.checkpoint)}: the classifier needs '
-                    f'head.{name} of {tuple(param.shape)}, found {shape}; for '
-                    'other classes start it anew with init_cfg=dict('
-                    "type='TruncNormal', layer='Linear', std=2e-5)"
-                )
-            if overflow(value, param.dtype):
-                raise CheckpointMismatchError(
-                    f'{shown(self.checkpoint)}: head.{name} holds '
-                    f'{overflow(value, param.dtype):.3g}, more than '
-                    f'{param.dtype} can'
-                )
-            param.data.copy_(value)
+        tensors = read_beside(self.checkpoint)
+        params = dict(module.get_submodule('fc').named_parameters())
+        with naming(self.checkpoint):
+            for name, param in params.items():
+                tensor = tensors.get(f'head.{name}')
+                found = 'none' if tensor is None else tuple(tensor.shape)
+                if found != tuple(param.shape):
+                    raise CheckpointMismatchError(
+                        f'the classifier needs head.{name} of '
+                        f'{tuple(param.shape)}, found {found}; for other classes '
+                        "start it anew with init_cfg=dict(type='TruncNormal', "
+                        "layer='Linear', std=2e-5)"
+                    )
+            fill(params, {name: tensors[f'head.{name}'] for name in params})

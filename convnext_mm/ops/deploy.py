@@ -8,66 +8,46 @@ on the map. Packing then casts the weights once and, on a CPU, gives them the
 order that oneDNN reads.
 """
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from . import fused, lean
+from .weights import BlockWeights
 
 
-class Packed(NamedTuple):
-    """Weights in the compute dtype, ready to run on one device."""
-
-    dwconv_weight: Tensor
-    dwconv_bias: Tensor
-    pwconv1_weight: Tensor
-    pwconv1_bias: Tensor
-    pwconv2_weight: Tensor
-    pwconv2_bias: Tensor
-    grn_gamma: Tensor | None
-
-
-def fold(
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    pwconv1_weight: Tensor,
-    pwconv1_bias: Tensor,
-    pwconv2_weight: Tensor,
-    pwconv2_bias: Tensor,
-    gamma: Tensor | None,
-    grn_beta: Tensor | None,
-) -> tuple[Tensor, ...]:
-    """Both pointwise layers' weights and biases with the factors around them
-    folded in; shapes as in :func:`convnext_mm.ops.eager.block`. Products are
-    in fp64, results in the dtype that came in.
+def fold(weights: BlockWeights) -> BlockWeights:
+    """The same block with more in its pointwise layers: LayerNorm's weight and
+    layer scale become 1, LayerNorm's bias and GRN's beta 0. Products are in fp64,
+    results in the dtypes that came in.
     """
-    w1, w2 = pwconv1_weight.double(), pwconv2_weight.double()
-    b1 = pwconv1_bias + w1 @ norm_bias.double()
-    b2 = pwconv2_bias.double()
-    if grn_beta is not None:
-        b2 = b2 + w2 @ grn_beta.double().flatten()
-    w1 = w1 * norm_weight
+    w1, w2 = weights.pwconv1_weight.double(), weights.pwconv2_weight.double()
+    b1 = weights.pwconv1_bias + w1 @ weights.norm_bias.double()
+    b2 = weights.pwconv2_bias.double()
+    gamma, beta = weights.gamma, weights.grn_beta
+    if beta is not None:
+        b2 = b2 + w2 @ beta.double().flatten()
+        beta = torch.zeros_like(beta)
+    w1 = w1 * weights.norm_weight
     if gamma is not None:
         w2, b2 = w2 * gamma[:, None], b2 * gamma
-    return tuple(
-        new.to(old.dtype)
-        for new, old in zip(
-            (w1, b1, w2, b2),
-            (pwconv1_weight, pwconv1_bias, pwconv2_weight, pwconv2_bias),
-        )
+        gamma = torch.ones_like(gamma)
+    return weights._replace(
+        norm_weight=torch.ones_like(weights.norm_weight),
+        norm_bias=torch.zeros_like(weights.norm_bias),
+        pwconv1_weight=w1.to(weights.pwconv1_weight.dtype),
+        pwconv1_bias=b1.to(weights.pwconv1_bias.dtype),
+        pwconv2_weight=w2.to(weights.pwconv2_weight.dtype),
+        pwconv2_bias=b2.to(weights.pwconv2_bias.dtype),
+        gamma=gamma,
+        grn_beta=beta,
     )
 
 
-def pack(
-    dwconv_weight: Tensor,
-    dwconv_bias: Tensor,
-    folded: tuple[Tensor, ...],
-    grn_gamma: Tensor | None,
-    dtype: torch.dtype,
-) -> Packed:
-    """Casts weights to ``dtype`` and reorders those of matrix products."""
-    w1, b1, w2, b2 = (t.to(dtype) for t in folded)
+def pack(weights: BlockWeights, dtype: torch.dtype) -> lean.Packed:
+    """Folds weights, casts them to ``dtype`` and reorders those of matrix
+    products for oneDNN."""
+    folded = fold(weights)
+    w1, w2 = folded.pwconv1_weight.to(dtype), folded.pwconv2_weight.to(dtype)
     if (
         dtype in (torch.float32, torch.bfloat16)
         and lean.onednn(w1)
@@ -77,44 +57,57 @@ def pack(
             torch.ops.mkldnn._reorder_linear_weight(w.contiguous(), lean.CHUNK_ROWS)
             for w in (w1, w2)
         )
-    return Packed(
-        dwconv_weight.to(dtype), dwconv_bias.to(dtype), w1, b1, w2, b2, grn_gamma
+    return lean.Packed(
+        dwconv_weight=folded.dwconv_weight.to(dtype),
+        dwconv_bias=folded.dwconv_bias.to(dtype),
+        norm=None,
+        w1=w1,
+        b1=folded.pwconv1_bias.to(dtype),
+        w2=w2,
+        b2=folded.pwconv2_bias.to(dtype),
+        grn_gamma=folded.grn_gamma,
     )
 
 
-def block(
-    x: Tensor, packed: Packed, out_dtype: torch.dtype, *, eps: float, dilation: int
-) -> Tensor:
-    """:func:`convnext_mm.ops.eager.block` in evaluation mode, of packed
-    weights; no gradient.
+class DeployedBlock:
+    """:func:`convnext_mm.ops.eager.block` without gradients, for weights that
+    seldom change: packed in the first call, and again once they are others.
 
-    Args:
-        x: (N, C, H, W).
-        packed: From :func:`pack`, in the dtype to compute in.
-        out_dtype: Of the output.
-
-    Returns:
-        (N, C, H, W).
+    Its copies and pickles hold nothing: reordered weights allow neither.
     """
-    with torch.autocast(x.device.type, enabled=False):
-        maps = lean.depthwise(
-            x.to(packed.dwconv_bias.dtype),
-            packed.dwconv_weight,
-            packed.dwconv_bias,
-            dilation,
+
+    def __init__(self) -> None:
+        self._packed: tuple[object, lean.Packed] | None = None
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return DeployedBlock, ()
+
+    def __call__(
+        self,
+        x: Tensor,
+        weights: BlockWeights,
+        drop_scale: Tensor | None = None,
+        *,
+        eps: float = 1e-6,
+        dilation: int = 1,
+    ) -> Tensor:
+        dtype = fused.compute_dtype(x)
+        packed = self._pack(weights, dtype)
+        scale = fused.residual_scale(None, drop_scale)
+        out_dtype = fused.out_dtype(x, weights.gamma, dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            return lean.run(x, packed, scale, out_dtype, eps, dilation)[0]
+
+    def _pack(self, weights: BlockWeights, dtype: torch.dtype) -> lean.Packed:
+        # Loading or moving weights must not leave an old copy in use.
+        source = (
+            dtype,
+            *(
+                (w.device, w.data_ptr(), 0 if w.is_inference() else w._version)
+                for w in weights
+                if w is not None
+            ),
         )
-        out = torch.empty_like(x, dtype=out_dtype, memory_format=fused.memory_format(x))
-        lean.pointwise(
-            fused.rows(x),
-            fused.rows(maps),
-            fused.rows(out),
-            None,
-            None,
-            *packed[2:6],
-            None,
-            packed.grn_gamma,
-            None,
-            eps,
-            False,
-        )
-        return out
+        if self._packed is None or self._packed[0] != source:
+            self._packed = source, pack(weights, dtype)
+        return self._packed[1]

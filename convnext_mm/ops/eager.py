@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .weights import BlockWeights
+
 
 def grn(x: Tensor, gamma: Tensor, beta: Tensor, eps: float = 1e-6) -> Tensor:
     """Global response normalisation (ConvNeXt V2, arXiv 2301.00808, eqs. 1-3).
@@ -32,17 +34,7 @@ def grn(x: Tensor, gamma: Tensor, beta: Tensor, eps: float = 1e-6) -> Tensor:
 
 def block(
     x: Tensor,
-    dwconv_weight: Tensor,
-    dwconv_bias: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    pwconv1_weight: Tensor,
-    pwconv1_bias: Tensor,
-    pwconv2_weight: Tensor,
-    pwconv2_bias: Tensor,
-    gamma: Tensor | None = None,
-    grn_gamma: Tensor | None = None,
-    grn_beta: Tensor | None = None,
+    weights: BlockWeights,
     drop_scale: Tensor | None = None,
     *,
     eps: float = 1e-6,
@@ -58,13 +50,7 @@ def block(
 
     Args:
         x: (N, C, H, W).
-        dwconv_weight: (C, 1, K, K), K odd.
-        dwconv_bias, norm_weight, norm_bias, pwconv2_bias: (C,).
-        pwconv1_weight: (M, C), M hidden channels (4C).
-        pwconv1_bias: (M,).
-        pwconv2_weight: (C, M).
-        gamma: (C,), layer scale. None: no layer scale.
-        grn_gamma, grn_beta: (1, 1, 1, M). None: no GRN (V1).
+        weights: Of the block.
         drop_scale: (N,), 0 for a dropped sample, 1 / keep probability for a
             kept one. None: nothing is dropped.
         eps: LayerNorm's.
@@ -73,23 +59,25 @@ def block(
     Returns:
         (N, C, H, W).
     """
-    channels, _, kernel_size, _ = dwconv_weight.shape
+    w = weights
+    channels, _, kernel_size, _ = w.dwconv_weight.shape
     y = F.conv2d(
         x,
-        dwconv_weight,
-        dwconv_bias,
+        w.dwconv_weight,
+        w.dwconv_bias,
         padding=dilation * (kernel_size // 2),
         dilation=dilation,
         groups=channels,
     )
     y = y.permute(0, 2, 3, 1)  # (N, C, H, W) -> (N, H, W, C)
-    y = F.layer_norm(y, (channels,), norm_weight, norm_bias, eps)
-    y = F.gelu(F.linear(y, pwconv1_weight, pwconv1_bias))
-    if grn_gamma is not None:
-        y = grn(y, grn_gamma, grn_beta)
-    y = F.linear(y, pwconv2_weight, pwconv2_bias)
-    if gamma is not None:
-        y = gamma * y
+    y = F.layer_norm(y, (channels,), w.norm_weight, w.norm_bias, eps)
+    y = F.gelu(F.linear(y, w.pwconv1_weight, w.pwconv1_bias))
+    if w.grn_gamma is not None:
+        assert w.grn_beta is not None
+        y = grn(y, w.grn_gamma, w.grn_beta)
+    y = F.linear(y, w.pwconv2_weight, w.pwconv2_bias)
+    if w.gamma is not None:
+        y = w.gamma * y
     if drop_scale is not None:
         y = y * drop_scale.to(y.dtype).view(-1, 1, 1, 1)
     return x + y.permute(0, 3, 1, 2)  # (N, H, W, C) -> (N, C, H, W)

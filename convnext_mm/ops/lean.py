@@ -10,28 +10,30 @@ times 1e-6.
 
 import functools
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .define import define_block, define_downsample
 from .fused import (
     KEEP_ALL,
     KEEP_MAPS,
+    KEEP_NOTHING,
     bias_with_beta,
-    define_block,
-    define_downsample,
+    g_scale,
     grn_factor_grads,
     grn_factors,
-    layer_scale_grads,
     memory_format,
     out_dtype,
-    power_of_two,
+    pwconv2_grads,
     residual_scale,
     rows,
     scaled,
     stat_dtype,
 )
+from .weights import BlockNeeds, BlockWeights
 
 # Pixels of a CPU chunk, for each thread. Fewer keep more in the caches, but
 # oneDNN reorders the weights for each product: 1024 to 4096 were equally fast.
@@ -50,7 +52,7 @@ def _chunks(x: Tensor, whole_samples: bool) -> Iterator[tuple[slice, slice]]:
     rows = samples * pixels
     if x.device.type == 'cpu':
         rows = CHUNK_ROWS * torch.get_num_threads()
-    if pixels > rows and not whole_samples:
+    if samples and pixels > rows and not whole_samples:
         for n in range(samples):
             for p in range(0, pixels, rows):
                 yield slice(n, n + 1), slice(p, p + rows)
@@ -65,8 +67,8 @@ def onednn(x: Tensor) -> bool:
     return (
         x.device.type == 'cpu'
         and x.numel() > 0
-        and torch.backends.mkldnn.is_available()
-        and torch.backends.mkldnn.enabled
+        and torch._C._has_mkldnn
+        and bool(torch.backends.mkldnn.enabled)
     )
 
 
@@ -91,13 +93,31 @@ def _linear(
 
 
 def _layer_norm(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+    x: Tensor, affine: tuple[Tensor, Tensor] | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """LayerNorm over the last dimension; mean and 1 / std in fp32 at least."""
-    if weight is not None:
-        stat = stat_dtype(x.dtype)
-        weight, bias = weight.to(stat), bias.to(stat)
+    """LayerNorm over the last dimension; mean and 1 / std in fp32 at least.
+
+    Args:
+        affine: Weight and bias, or None for 1 and 0.
+    """
+    weight = bias = None
+    if affine is not None:
+        weight, bias = (t.to(stat_dtype(x.dtype)) for t in affine)
     return torch.native_layer_norm(x, x.shape[-1:], weight, bias, eps)
+
+
+def _layer_norm_backward(
+    grad: Tensor,
+    x: Tensor,
+    affine: tuple[Tensor, Tensor],
+    statistics: Sequence[Tensor],
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the input, weight and bias; None where not needed."""
+    weight, bias = (t.to(stat_dtype(x.dtype)) for t in affine)
+    return torch.ops.aten.native_layer_norm_backward(
+        grad, x, x.shape[-1:], *statistics, weight, bias, needs
+    )
 
 
 def _grn_scale(h: Tensor, grn_gamma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -111,52 +131,75 @@ def _of(scale: Tensor | None, samples: slice) -> Tensor | None:
     return scale if scale is None or len(scale) == 1 else scale[samples]
 
 
+class Packed(NamedTuple):
+    """A block's weights as :func:`run` takes them, in the dtype to compute in but
+    for ``norm`` and ``grn_gamma``. Shapes are those of :class:`.BlockWeights`."""
+
+    dwconv_weight: Tensor
+    dwconv_bias: Tensor
+    norm: tuple[Tensor, Tensor] | None  # weight and bias, None for 1 and 0
+    w1: Tensor  # this and w2: maybe reordered for oneDNN
+    b1: Tensor
+    w2: Tensor
+    b2: Tensor  # with GRN's beta in it
+    grn_gamma: Tensor | None
+
+
 def _forward(
     x: Tensor,
-    dwconv_weight: Tensor,
-    dwconv_bias: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    pwconv1_weight: Tensor,
-    pwconv1_bias: Tensor,
-    pwconv2_weight: Tensor,
-    pwconv2_bias: Tensor,
-    gamma: Tensor | None,
-    grn_gamma: Tensor | None,
-    grn_beta: Tensor | None,
+    weights: BlockWeights,
     drop_scale: Tensor | None,
     eps: float,
     dilation: int,
     dtype: torch.dtype,
     keep: int,
-) -> tuple[Tensor | None, ...]:
-    """As :func:`.fused.define_block` asks for it."""
-    cast = x.to(dtype)
-    maps = depthwise(cast, dwconv_weight.to(dtype), dwconv_bias.to(dtype), dilation)
-    out = torch.empty_like(
-        x, dtype=out_dtype(x, gamma, dtype), memory_format=memory_format(x)
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """As :func:`.define.define_block` asks for it."""
+    w2 = weights.pwconv2_weight.to(dtype)
+    packed = Packed(
+        weights.dwconv_weight.to(dtype),
+        weights.dwconv_bias.to(dtype),
+        (weights.norm_weight, weights.norm_bias),
+        weights.pwconv1_weight.to(dtype),
+        weights.pwconv1_bias.to(dtype),
+        w2,
+        bias_with_beta(weights.pwconv2_bias.to(dtype), w2, weights.grn_beta),
+        weights.grn_gamma,
     )
-    weights = [
-        t.to(dtype)
-        for t in (pwconv1_weight, pwconv1_bias, pwconv2_weight, pwconv2_bias)
-    ]
-    hidden = pointwise(
-        rows(x),
-        rows(maps),
-        rows(out),
-        norm_weight,
-        norm_bias,
-        *weights,
-        residual_scale(gamma, drop_scale),
-        grn_gamma,
-        grn_beta,
-        eps,
-        keep == KEEP_ALL,
+    scale = residual_scale(weights.gamma, drop_scale)
+    return run(
+        x, packed, scale, out_dtype(x, weights.gamma, dtype), eps, dilation, keep
     )
-    return (out, cast, maps, hidden) if keep else (out, None, None, None)
 
 
-def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) -> Tensor:
+def run(
+    x: Tensor,
+    packed: Packed,
+    scale: Tensor | None,
+    dtype: torch.dtype,
+    eps: float,
+    dilation: int,
+    keep: int = KEEP_NOTHING,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """What :func:`.define.define_block` wants of forward, the output first.
+
+    Args:
+        x: (N, C, H, W).
+        scale: Of the residual branch, (N or 1, 1, C or 1), None for 1.
+        dtype: Of the output.
+    """
+    cast = x.to(packed.b1.dtype)
+    maps = _depthwise(cast, packed.dwconv_weight, packed.dwconv_bias, dilation)
+    kept = cast if keep else None
+    del cast
+    out = torch.empty_like(x, dtype=dtype, memory_format=memory_format(x))
+    hidden = _pointwise(
+        rows(x), rows(maps), rows(out), packed, scale, eps, keep == KEEP_ALL
+    )
+    return (out, kept, maps, hidden) if keep else (out, None, None, None)
+
+
+def _depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) -> Tensor:
     """The depthwise convolution, in channels-last strides."""
     x = F.conv2d(
         x,
@@ -169,19 +212,12 @@ def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) -> 
     return x.contiguous(memory_format=torch.channels_last)
 
 
-def pointwise(
+def _pointwise(
     x: Tensor,
     maps: Tensor,
     out: Tensor,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    w1: Tensor,
-    b1: Tensor,
-    w2: Tensor,
-    b2: Tensor,
+    packed: Packed,
     scale: Tensor | None,
-    grn_gamma: Tensor | None,
-    grn_beta: Tensor | None,
     eps: float,
     keep_hidden: bool,
 ) -> Tensor | None:
@@ -190,31 +226,45 @@ def pointwise(
     Args:
         x, maps, out: (N, P, C), the block's input, the depthwise output and
             the block's output.
-        norm_weight, norm_bias: (C,), LayerNorm's, or None for 1 and 0.
-        w1, b1, w2, b2: In the dtype of ``maps``.
-        scale: Of the residual branch, (N or 1, 1, C or 1).
+        scale: See :func:`run`.
 
     Returns:
         The pre-activation (N, P, M) with ``keep_hidden``, else None.
     """
-    b2 = bias_with_beta(b2, w2, grn_beta)
     hidden = None
     if keep_hidden:
-        hidden = _linear(_layer_norm(maps, norm_weight, norm_bias, eps)[0], w1, b1)
-    for part in _chunks(maps, whole_samples=grn_gamma is not None):
+        hidden = _linear(_layer_norm(maps, packed.norm, eps)[0], packed.w1, packed.b1)
+    for part in _chunks(maps, whole_samples=packed.grn_gamma is not None):
         if hidden is None:
-            h = _layer_norm(maps[part], norm_weight, norm_bias, eps)[0]
-            h = _linear(h, w1, b1, gelu=True)
+            h = _layer_norm(maps[part], packed.norm, eps)[0]
+            h = _linear(h, packed.w1, packed.b1, gelu=True)
         else:
             h = F.gelu(hidden[part])
-        if grn_gamma is not None:
-            h.mul_(_grn_scale(h, grn_gamma)[0])
-        y = _linear(h, w2, b2)
-        if scale is None:
+        if packed.grn_gamma is not None:
+            h.mul_(_grn_scale(h, packed.grn_gamma)[0])
+        y = _linear(h, packed.w2, packed.b2)
+        factor = _of(scale, part[0])
+        if factor is None:
             torch.add(x[part], y, out=out[part])
         else:
-            torch.addcmul(x[part], y, _of(scale, part[0]), out=out[part])
+            torch.addcmul(x[part], y, factor, out=out[part])
     return hidden
+
+
+class _Sums(dict[str, Tensor]):
+    """Sums of partial results by name, in fp32 at least."""
+
+    def add(self, name: str, part: Tensor) -> None:
+        if name in self:
+            self[name].add_(part)
+        else:
+            self[name] = part.to(stat_dtype(part.dtype))
+
+    def add_linear(self, layer: str, grad: Tensor, x: Tensor) -> None:
+        """Gradients of a linear layer's weight and bias, (..., B) and (..., A) to
+        (B, A) and (B,): of its output's gradient and its input."""
+        self.add(f'{layer}_weight', _product(grad, x))
+        self.add(f'{layer}_bias', grad.sum((0, 1), dtype=stat_dtype(grad.dtype)))
 
 
 def _backward(
@@ -222,72 +272,41 @@ def _backward(
     x: Tensor | None,
     maps: Tensor,
     hidden: Tensor,
-    dwconv_weight: Tensor,
-    dwconv_bias: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    pwconv1_weight: Tensor,
-    pwconv1_bias: Tensor,
-    pwconv2_weight: Tensor,
-    pwconv2_bias: Tensor,
-    gamma: Tensor | None,
-    grn_gamma: Tensor | None,
-    grn_beta: Tensor | None,
+    weights: BlockWeights,
     drop_scale: Tensor | None,
     eps: float,
     dilation: int,
     x_dtype: torch.dtype,
-    needs: list[bool],
-) -> list[Tensor | None]:
-    """As :func:`.fused.define_block` asks for it."""
-    grads: list[Tensor | None] = [None] * 12
+    needs: BlockNeeds,
+) -> dict[str, Tensor]:
+    """As :func:`.define.define_block` asks for it."""
     grad_maps = torch.empty_like(maps)
-    grads[3:] = _pointwise_backward(
+    grads = _pointwise_backward(
         rows(grad_out),
         rows(maps),
         hidden,
         rows(grad_maps),
-        norm_weight,
-        norm_bias,
-        pwconv1_weight,
-        pwconv1_bias,
-        pwconv2_weight,
-        pwconv2_bias,
-        gamma,
-        grn_gamma,
-        grn_beta,
+        weights,
         drop_scale,
         eps,
-        needs[3:],
+        needs,
     )
-    if needs[0]:
+    if needs.x:
         # Same padding, stride 1: the gradient is the same convolution with
         # the kernel turned round.
-        grad = depthwise(
-            grad_maps, dwconv_weight.to(maps.dtype).flip(2, 3), None, dilation
-        )
+        kernel = weights.dwconv_weight.to(maps.dtype).flip(2, 3)
+        grad = _depthwise(grad_maps, kernel, None, dilation)
         if grad.dtype == grad_out.dtype == x_dtype:
-            grads[0] = grad.add_(grad_out)
+            grads['x'] = grad.add_(grad_out)
         else:
-            grads[0] = torch.add(grad_out, grad).to(x_dtype)
-    if needs[1]:
-        grads[1] = _depthwise_weight_grad(x, grad_maps, dwconv_weight, dilation)
-    if needs[2]:
-        grads[2] = grad_maps.sum((0, 2, 3), dtype=stat_dtype(maps.dtype))
+            grads['x'] = torch.add(grad_out, grad).to(x_dtype)
+    if x is not None:
+        grads['dwconv_weight'] = _depthwise_weight_grad(
+            x, grad_maps, weights.dwconv_weight, dilation
+        )
+    if needs.dwconv_bias:
+        grads['dwconv_bias'] = grad_maps.sum((0, 2, 3), dtype=stat_dtype(maps.dtype))
     return grads
-
-
-class _Sum:
-    """Sums partial results in fp32 at least."""
-
-    def __init__(self) -> None:
-        self.value = None
-
-    def add(self, part: Tensor) -> None:
-        if self.value is None:
-            self.value = part.to(stat_dtype(part.dtype))
-        else:
-            self.value.add_(part)
 
 
 def _pointwise_backward(
@@ -295,94 +314,53 @@ def _pointwise_backward(
     maps: Tensor,
     hidden: Tensor,
     grad_maps: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    weight1: Tensor,
-    bias1: Tensor,
-    weight2: Tensor,
-    bias2: Tensor,
-    gamma: Tensor | None,
-    grn_gamma: Tensor | None,
-    grn_beta: Tensor | None,
+    weights: BlockWeights,
     drop_scale: Tensor | None,
     eps: float,
-    needs: Sequence[bool],
-) -> list[Tensor | None]:
-    """Backward of :func:`pointwise`; writes into ``grad_maps``.
+    needs: BlockNeeds,
+) -> dict[str, Tensor]:
+    """Backward of :func:`_pointwise`; writes into ``grad_maps``.
 
     Returns:
-        Gradients of LayerNorm's weight and bias, W1, b1, W2, b2, gamma and
-        GRN's gamma and beta, None where ``needs`` has no use for them.
+        Gradients by name of all weights after the depthwise convolution.
     """
-    dtype, channels = maps.dtype, maps.shape[2]
-    w1, b1, w2 = (t.to(dtype) for t in (weight1, bias1, weight2))
-    scale = residual_scale(gamma, drop_scale)
-    need_norm, need_1 = any(needs[:2]), any(needs[2:4])
-    need_2, need_grn = any(needs[4:7]), any(needs[7:])
-    # gamma is left out of G's factor: dgamma needs G, and may be 0 itself.
-    range_ = power_of_two(grad_out) if dtype == torch.float16 else None
-    g_scale = drop_scale.view(-1, 1, 1) if drop_scale is not None else None
-    if range_ is not None:
-        g_scale = 1 / range_ if g_scale is None else g_scale / range_
-    d_norm_weight, d_norm_bias, d_w1, d_b1 = _Sum(), _Sum(), _Sum(), _Sum()
-    g, g_sum, d_grn_gamma, d_z = _Sum(), _Sum(), _Sum(), _Sum()
-
-    for part in _chunks(maps, whole_samples=grn_gamma is not None):
-        normed, mean, rstd = _layer_norm(maps[part], norm_weight, norm_bias, eps)
+    dtype, affine = maps.dtype, (weights.norm_weight, weights.norm_bias)
+    w1, b1 = weights.pwconv1_weight.to(dtype), weights.pwconv1_bias.to(dtype)
+    w2 = weights.pwconv2_weight.to(dtype)
+    dy_scale = residual_scale(weights.gamma, drop_scale)
+    dg_scale, power = g_scale(grad_out, drop_scale, dtype)
+    need_norm = needs.norm_weight or needs.norm_bias
+    need_1 = needs.pwconv1_weight or needs.pwconv1_bias
+    need_2 = needs.pwconv2_weight or needs.pwconv2_bias or needs.gamma
+    sums = _Sums()
+    for part in _chunks(maps, whole_samples=weights.grn_gamma is not None):
+        normed, *statistics = _layer_norm(maps[part], affine, eps)
         a = hidden[part] if hidden.numel() else _linear(normed, w1, b1)
         dy = grad_out[part]
-        d_h = _linear(scaled(dy, _of(scale, part[0]), dtype), w2.t())
-        if need_2 or grn_gamma is not None:
+        d_h = _linear(scaled(dy, _of(dy_scale, part[0]), dtype), w2.t())
+        if need_2 or weights.grn_gamma is not None:
             h = F.gelu(a)
-        if grn_gamma is not None:
-            if need_grn:
-                d_z.add(d_h.sum((0, 1), dtype=stat_dtype(dtype)))
-            h, d_h, d_scale = _grn_backward(h, d_h, grn_gamma, grn_beta)
-            d_grn_gamma.add(d_scale)
+        if weights.grn_gamma is not None:
+            h, d_h = _grn_backward(h, d_h, weights, needs, sums)
         if need_2:
-            dy = scaled(dy, _of(g_scale, part[0]), dtype)
-            g.add(_product(dy, h))
-            g_sum.add(dy.sum((0, 1), dtype=stat_dtype(dtype)))
+            sums.add_linear('pwconv2', scaled(dy, _of(dg_scale, part[0]), dtype), h)
         d_a = torch.ops.aten.gelu_backward.grad_input(d_h, a, grad_input=d_h)
         if need_1:
-            d_w1.add(_product(d_a, normed))
-            d_b1.add(d_a.sum((0, 1), dtype=stat_dtype(dtype)))
-        d_normed = _linear(d_a, w1.t())
-        stat = stat_dtype(dtype)
-        d_maps, d_weight, d_bias = torch.ops.aten.native_layer_norm_backward(
-            d_normed,
+            sums.add_linear('pwconv1', d_a, normed)
+        grad_maps[part], d_weight, d_bias = _layer_norm_backward(
+            _linear(d_a, w1.t()),
             maps[part],
-            [channels],
-            mean,
-            rstd,
-            norm_weight.to(stat),
-            norm_bias.to(stat),
+            affine,
+            statistics,
             [True, need_norm, need_norm],
         )
-        grad_maps[part] = d_maps
         if need_norm:
-            d_norm_weight.add(d_weight)
-            d_norm_bias.add(d_bias)
-
-    d_w2 = d_b2 = d_gamma = None
+            sums.add('norm_weight', d_weight)
+            sums.add('norm_bias', d_bias)
     if need_2:
-        d_w2, d_b2 = g.value, g_sum.value
-        if range_ is not None:
-            d_w2, d_b2 = d_w2.mul_(range_[0]), d_b2.mul_(range_[0, 0])
-        d_w2, d_b2, d_gamma = layer_scale_grads(
-            d_w2, d_b2, gamma, weight2, bias2, needs[6]
-        )
-    return [
-        d_norm_weight.value,
-        d_norm_bias.value,
-        d_w1.value,
-        d_b1.value,
-        d_w2,
-        d_b2,
-        d_gamma,
-        d_grn_gamma.value,
-        d_z.value,
-    ]
+        g, g_sum = sums['pwconv2_weight'], sums['pwconv2_bias']
+        sums.update(pwconv2_grads(g, g_sum, power, weights, needs.gamma))
+    return sums
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
@@ -394,19 +372,21 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _grn_backward(
-    h: Tensor, d_z: Tensor, grn_gamma: Tensor, grn_beta: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Backward of GRN of ``h`` (N, P, M), given its output's gradient.
-
-    Returns:
-        GRN's output, the gradient of ``h``, and GRN's gamma's (M,).
-    """
-    scale, mean, norm = _grn_scale(h, grn_gamma)
+    h: Tensor, d_z: Tensor, weights: BlockWeights, needs: BlockNeeds, sums: _Sums
+) -> tuple[Tensor, Tensor]:
+    """GRN's output, and the gradient of its input ``h`` (N, P, M), given that of
+    its output; adds to the gradients of its weights."""
+    gamma, beta = weights.grn_gamma, weights.grn_beta
+    assert gamma is not None and beta is not None
+    if needs.grn_gamma or needs.grn_beta:
+        sums.add('grn_beta', d_z.sum((0, 1), dtype=stat_dtype(d_z.dtype)))
+    scale, mean, norm = _grn_scale(h, gamma)
     d_scale = (d_z.to(norm.dtype) * h).sum(1, keepdim=True)
-    d_norm, d_gamma = grn_factor_grads(d_scale, grn_gamma, norm, mean)
+    d_norm, d_gamma = grn_factor_grads(d_scale, gamma, norm, mean)
+    sums.add('grn_gamma', d_gamma)
     d_h = torch.addcmul(d_z * scale, h, d_norm).to(h.dtype)
-    z = torch.addcmul(grn_beta.to(norm.dtype).view(1, 1, -1), h, scale).to(h.dtype)
-    return z, d_h, d_gamma
+    z = torch.addcmul(beta.to(norm.dtype).view(1, 1, -1), h, scale).to(h.dtype)
+    return z, d_h
 
 
 def _depthwise_weight_grad(
@@ -438,20 +418,19 @@ def _depthwise_weight_grad(
         )[1]
     x = F.pad(x.float(), [pad] * 4)
     grad = grad.float()
-    total = _Sum()
     height, width = grad.shape[2:]
-    for n in range(len(grad)):
-        for top, bottom in _tiles(height, TILE[0]):
-            for left, right in _tiles(width, TILE[1]):
-                total.add(
-                    F.conv2d(
-                        x[n : n + 1, :, top : bottom + 2 * pad, left : right + 2 * pad],
-                        grad[n, :, None, top:bottom, left:right],
-                        stride=dilation,
-                        groups=channels,
-                    )
-                )
-    return total.value.view(channels, 1, size, size)
+    parts = (
+        F.conv2d(
+            x[n : n + 1, :, top : bottom + 2 * pad, left : right + 2 * pad],
+            grad[n, :, None, top:bottom, left:right],
+            stride=dilation,
+            groups=channels,
+        )
+        for n in range(len(grad))
+        for top, bottom in _tiles(height, TILE[0])
+        for left, right in _tiles(width, TILE[1])
+    )
+    return functools.reduce(Tensor.add_, parts).view(channels, 1, size, size)
 
 
 def _tiles(size: int, largest: int) -> Iterator[tuple[int, int]]:
@@ -465,7 +444,7 @@ def _tiles(size: int, largest: int) -> Iterator[tuple[int, int]]:
 def _norm(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    normed, mean, rstd = _layer_norm(x, weight, bias, eps)
+    normed, mean, rstd = _layer_norm(x, (weight, bias), eps)
     return normed.to(dtype), mean, rstd
 
 
@@ -476,20 +455,10 @@ def _norm_backward(
     bias: Tensor,
     eps: float,
     needs: list[bool],
-    mean: Tensor,
-    rstd: Tensor,
-) -> tuple[Tensor | None, ...]:
-    stat = stat_dtype(x.dtype)
-    return torch.ops.aten.native_layer_norm_backward(
-        grad.to(x.dtype),
-        x,
-        x.shape[3:],
-        mean,
-        rstd,
-        weight.to(stat),
-        bias.to(stat),
-        needs,
-    )
+    *statistics: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    grad = grad.to(x.dtype)
+    return _layer_norm_backward(grad, x, (weight, bias), statistics, needs)
 
 
 block = define_block('lean', _forward, _backward)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from convnext_mm import ConvNeXt
+from convnext_mm.checkpoint import fit, load
 from toys import ARCH, randomise
 
 
@@ -43,15 +44,24 @@ def features():
 
 
 @pytest.fixture
-def log(monkeypatch):
-    """Messages that checkpoint code logs."""
-    import convnext_mm.checkpoint.load as load
+def log_of(monkeypatch):
+    """``log_of(module, ...)`` collects what modules log."""
 
-    messages = []
-    monkeypatch.setattr(
-        load, 'print_log', lambda message, **_: messages.append(message)
-    )
-    return messages
+    def collect(*modules):
+        messages = []
+        for module in modules:
+            monkeypatch.setattr(
+                module, 'print_log', lambda message, **_: messages.append(message)
+            )
+        return messages
+
+    return collect
+
+
+@pytest.fixture
+def log(log_of):
+    """Messages about what is loaded."""
+    return log_of(fit, load)
 
 
 @pytest.fixture(scope='session')

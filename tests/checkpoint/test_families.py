@@ -14,8 +14,8 @@ from convnext_mm.checkpoint import (
     UnknownCheckpointError,
 )
 from convnext_mm.checkpoint.convert import convert
-from convnext_mm.checkpoint.families import FAMILIES, _names_of
-from convnext_mm.checkpoint.load import read_backbone
+from convnext_mm.checkpoint.families import FAMILIES, layer_names
+from convnext_mm.checkpoint.load import read_network
 from toys import randomise
 
 TOLERANCE = 1e-5
@@ -68,7 +68,7 @@ def largest_error(ours, theirs) -> float:
 @pytest.mark.parametrize('name', SAMPLES)
 def test_sample_file(name, shared_dir, record):
     folder = shared_dir / 'reference' / 'checkpoints'
-    _, report = read_backbone(folder / name)
+    _, report = read_network(folder / name)
     assert (report.family.name, report.spec.use_grn) == SAMPLES[name]
     assert report.averaged == (name == 'official_v1_training.pth')
     assert 'unknown' not in report.leftovers
@@ -101,7 +101,7 @@ def test_detector_with_its_own_norms(shared_dir, record):
     folder = shared_dir / 'reference' / 'checkpoints'
     path = folder / 'official_v1_detector.pth'
     model = build(
-        read_backbone(path)[1], init_cfg=dict(type='Pretrained', checkpoint=str(path))
+        read_network(path)[1], init_cfg=dict(type='Pretrained', checkpoint=str(path))
     )
     model.init_weights()
     expected = np.load(folder / 'official_v1_detector_outputs.npz')
@@ -437,7 +437,7 @@ def test_several_networks_need_a_prefix(weights):
 def in_names_of(family, weights):
     """The weights of a backbone of ours in another family's names."""
     family = next(row for row in FAMILIES if row.name == family)
-    theirs = {ours: name for name, ours in _names_of(family).items()}
+    theirs = {ours: name for name, ours in layer_names(family).items()}
     return {theirs[name]: tensor for name, tensor in weights.items() if name in theirs}
 
 

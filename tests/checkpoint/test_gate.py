@@ -31,7 +31,7 @@ from convnext_mm.checkpoint import (
     UnsafeCheckpointError,
     read_checkpoint,
 )
-from convnext_mm.checkpoint.gate import without_orders
+from convnext_mm.checkpoint.orders import without_orders
 from repo import ROOT, load_tool
 
 
@@ -582,24 +582,7 @@ def test_paths_in_a_checkpoint_are_not_deleted(kind, world, tmp_path):
     path = tmp_path / 'run.pth'
     torch.save(run, path)
     work_dir = tmp_path / 'work'
-    subprocess.run(
-        [
-            sys.executable,
-            '-W',
-            'ignore',
-            'tools/train.py',
-            str(world / 'detector.py'),
-            '--work-dir',
-            str(work_dir),
-            '--resume',
-            str(path),
-            '--cfg-options',
-            'custom_hooks=[]',
-        ],
-        cwd=ROOT,
-        check=True,
-        capture_output=True,
-    )
+    resume_run(world, work_dir, path).check_returncode()
     assert list(work_dir.glob('best_*.pth'))
     assert (victim / 'file').exists()
 
@@ -620,23 +603,7 @@ def test_the_best_checkpoint_is_replaced_after_a_resume(world, tmp_path):
         'best_coco_bbox_mAP_iter_1-12345678.pth',
     ):
         (work_dir / name).touch()
-    subprocess.run(
-        [
-            sys.executable,
-            '-W',
-            'ignore',
-            'tools/train.py',
-            str(world / 'detector.py'),
-            '--work-dir',
-            str(work_dir),
-            '--resume',
-            '--cfg-options',
-            'custom_hooks=[]',
-        ],
-        cwd=ROOT,
-        check=True,
-        capture_output=True,
-    )
+    resume_run(world, work_dir).check_returncode()
     assert {path.name for path in work_dir.glob('best_*')} == {
         'best_coco_bbox_mAP_iter_2.pth',
         'best_of_mine.pth',
@@ -653,6 +620,19 @@ def run_tool(name, *args, **options):
         text=True,
         timeout=120,
         **options,
+    )
+
+
+def resume_run(world, work_dir, *checkpoint):
+    return run_tool(
+        'train',
+        world / 'detector.py',
+        '--work-dir',
+        work_dir,
+        '--resume',
+        *checkpoint,
+        '--cfg-options',
+        'custom_hooks=[]',
     )
 
 
@@ -690,16 +670,7 @@ def test_tools_say_what_a_path_is(tool, world, tmp_path, capsys):
 def test_resume_of_weights_says_so(world, tmp_path):
     content = torch.load(world / 'checkpoints.pth', weights_only=False)
     torch.save(dict(state_dict=content['detector']['state_dict']), tmp_path / 'a.pth')
-    result = run_tool(
-        'train',
-        world / 'detector.py',
-        '--resume',
-        tmp_path / 'a.pth',
-        '--work-dir',
-        tmp_path,
-        '--cfg-options',
-        'custom_hooks=[]',
-    )
+    result = resume_run(world, tmp_path, tmp_path / 'a.pth')
     assert result.returncode == 1
     last = result.stderr.strip().splitlines()[-1]
     assert last.startswith('error: ') and 'leave out --resume' in last

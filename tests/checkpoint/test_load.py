@@ -10,7 +10,7 @@ import convnext_mm
 from convnext_mm import ConvNeXt
 from convnext_mm.archs import ARCHS
 from convnext_mm.checkpoint import CheckpointMismatchError
-from convnext_mm.checkpoint.convert import Spec, expected_shapes, infer_spec
+from convnext_mm.checkpoint.layout import Spec, expected_shapes, infer_spec
 
 STEM = 'downsample_layers.0.0.weight'
 

@@ -97,13 +97,9 @@ def partial():
 
 
 @pytest.fixture
-def log(monkeypatch):
-    """What remote.py logs."""
-    messages = []
-    monkeypatch.setattr(
-        remote, 'print_log', lambda message, **_: messages.append(message)
-    )
-    return messages
+def log(log_of):
+    """Messages about downloads."""
+    return log_of(remote)
 
 
 def test_download_and_cache(server, content, weights):

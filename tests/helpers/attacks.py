@@ -477,74 +477,78 @@ def other_runs(s: Source) -> Files:
         state={0: dict(step=torch.ones(1), exp_avg=torch.ones(8))},
         param_groups=[dict(lr=1.0, params=[0])],
     )
-    first = optimizer['param_groups'][0]
+    for make in (other_states, other_groups):
+        for name, changes in make(optimizer).items():
+            yield name, s.zipped(optimizer={**optimizer, **changes})
+    for name, extras in other_parts(run).items():
+        yield name, s.zipped(**extras)
+    yield 'weights-only', zipped(s.weights)
+    if s.run is not None:
+        yield 'state_dict-only', zipped(dict(state_dict=s.run['state_dict']))
+
+
+def other_states(optimizer: dict) -> dict[str, dict]:
+    """For each parameter."""
     state = optimizer['state']
+
+    def expand(kept: dict) -> dict:
+        return {k: t[(0,) * t.dim()].expand(t.shape) for k, t in kept.items()}
+
+    states = {
+        name: {index: change(kept) for index, kept in state.items()}
+        for name, change in dict[str, Callable[[dict], Any]](
+            larger_state=lambda kept: {**kept, 'exp_avg': torch.ones(9)},
+            smaller_state=lambda kept: {**kept, 'exp_avg_sq': torch.ones(1, 1)},
+            transposed=lambda kept: {
+                k: t.mT if t.dim() > 1 else t for k, t in kept.items()
+            },
+            expanded=expand,
+            several_steps=lambda kept: {**kept, 'step': torch.ones(7)},
+            no_average=lambda kept: dict(step=torch.ones(1)),
+            no_step=lambda kept: {k: t for k, t in kept.items() if k != 'step'},
+            text_state=lambda kept: 'x',
+            number_state=lambda kept: dict(step=3, exp_avg=4),
+        ).items()
+    }
+    fused = [{**group, 'fused': True} for group in optimizer['param_groups']]
+    return {
+        **{name: dict(state=state) for name, state in states.items()},
+        'expanded_fused': dict(state=states['expanded'], param_groups=fused),
+        'swapped': dict(state=dict(zip(state, reversed(list(state.values()))))),
+    }
+
+
+def other_groups(optimizer: dict) -> dict[str, dict]:
+    """Of parameters, and what lies beside them."""
+    first, *others = optimizer['param_groups']
+    return {
+        **{
+            name: dict(param_groups=[{**first, **options}, *others])
+            for name, options in dict(
+                nested_lr=dict(lr=nest(45)),
+                lr_text=dict(lr='abc'),
+                lr_none=dict(lr=None),
+                betas=dict(betas='ab'),
+                one_beta=dict(betas=(0.9,)),
+                no_params=dict(params=[]),
+                params=dict(params='x'),
+            ).items()
+        },
+        'no_groups': dict(param_groups=[]),
+        'groups': dict(param_groups=3),
+        'scaler': dict(loss_scaler='x'),
+        'base': dict(base_param_settings='x'),
+    }
+
+
+def other_parts(run: dict) -> dict[str, dict]:
+    """Of a run's checkpoint."""
     hub = run.get('message_hub') or {}
-
-    def with_group(**options: Any) -> dict:
-        groups = [{**first, **options}, *optimizer['param_groups'][1:]]
-        return dict(optimizer={**optimizer, 'param_groups': groups})
-
-    def with_state(change: Callable[[dict], Any]) -> dict:
-        return dict(
-            optimizer={
-                **optimizer,
-                'state': {key: change(value) for key, value in state.items()},
-            }
-        )
-
-    for name, extras in dict(
-        larger_state=with_state(lambda v: {**v, 'exp_avg': torch.ones(9)}),
-        smaller_state=with_state(lambda v: {**v, 'exp_avg_sq': torch.ones(1, 1)}),
-        transposed=with_state(
-            lambda v: {k: t.mT if t.dim() > 1 else t for k, t in v.items()}
-        ),
-        expanded=with_state(
-            lambda v: {k: t[(0,) * t.dim()].expand(t.shape) for k, t in v.items()}
-        ),
-        expanded_fused=dict(
-            optimizer={
-                **optimizer,
-                'param_groups': [
-                    {**group, 'fused': True} for group in optimizer['param_groups']
-                ],
-                'state': {
-                    key: {
-                        k: t[(0,) * t.dim()].expand(t.shape) for k, t in value.items()
-                    }
-                    for key, value in state.items()
-                },
-            }
-        ),
-        several_steps=with_state(lambda v: {**v, 'step': torch.ones(7)}),
-        nested_lr=with_group(lr=nest(45)),
-        scaler=dict(optimizer={**optimizer, 'loss_scaler': 'x'}),
-        base=dict(optimizer={**optimizer, 'base_param_settings': 'x'}),
-        late=dict(meta=dict(epoch=0, iter=10**9)),
-        nested_scheduler=dict(param_schedulers=[dict(last_step=nest(45))]),
-        complex_info=dict(
-            message_hub={**hub, 'runtime_info': dict(best_score=1j, keep_ckpt_ids=3)}
-        ),
-        no_average=with_state(lambda v: dict(step=torch.ones(1))),
-        no_step=with_state(lambda v: {k: t for k, t in v.items() if k != 'step'}),
-        text_state=with_state(lambda v: 'x'),
-        number_state=with_state(lambda v: dict(step=3, exp_avg=4)),
-        swapped=dict(
-            optimizer={
-                **optimizer,
-                'state': dict(zip(state, reversed(list(state.values())))),
-            }
-        ),
-        lr_text=with_group(lr='abc'),
-        lr_none=with_group(lr=None),
-        betas=with_group(betas='ab'),
-        one_beta=with_group(betas=(0.9,)),
-        no_params=with_group(params=[]),
-        params=with_group(params='x'),
-        no_groups=dict(optimizer={**optimizer, 'param_groups': []}),
-        groups=dict(optimizer={**optimizer, 'param_groups': 3}),
+    infos = dict(best_score=1j, keep_ckpt_ids=3)
+    return dict(
         optimizer=dict(optimizer=3),
         empty=dict(optimizer={}),
+        late=dict(meta=dict(epoch=0, iter=10**9)),
         no_meta=dict(meta=None),
         text_meta=dict(meta='x'),
         empty_meta=dict(meta={}),
@@ -557,22 +561,20 @@ def other_runs(s: Source) -> Files:
             message_hub=dict(log_scalars=3, runtime_info=[], resumed_keys='x')
         ),
         scalars=dict(message_hub={**hub, 'log_scalars': dict(a=3)}),
+        complex_info=dict(message_hub={**hub, 'runtime_info': infos}),
         schedulers=dict(param_schedulers=3),
         scheduler_text=dict(param_schedulers=['x']),
         scheduler_keys=dict(param_schedulers=[dict(optimizer=None)]),
         scheduler_type=dict(param_schedulers=[dict(last_step='abc')]),
         scheduler_method=dict(param_schedulers=[dict(_get_value=3)]),
+        nested_scheduler=dict(param_schedulers=[dict(last_step=nest(45))]),
         state_dict_number=dict(state_dict=3),
         state_dict_none=dict(state_dict=None),
         state_dict_list=dict(state_dict=[1, 2]),
         state_dict_text=dict(state_dict='weights'),
         ema_number=dict(ema_state_dict=3),
         ema_empty=dict(ema_state_dict={}),
-    ).items():
-        yield name, s.zipped(**extras)
-    yield 'weights-only', zipped(s.weights)
-    if s.run is not None:
-        yield 'state_dict-only', zipped(dict(state_dict=s.run['state_dict']))
+    )
 
 
 class _DType:
@@ -631,6 +633,11 @@ def huge_shapes(s: Source) -> Files:
             }
         ),
     )
+    yield from huge_storages(s)
+    yield from huge_headers()
+
+
+def huge_storages(s: Source) -> Files:
     old = legacy(s.content())
     # The size of the first storage, BININT1 or BININT2, made a large BININT.
     at = old.index(b'X\x03\0\0\0cpu') + 10
@@ -647,17 +654,22 @@ def huge_shapes(s: Source) -> Files:
             ),
         ),
     )
-    header = json.dumps(
-        {'x': dict(dtype='F32', shape=[2**40], data_offsets=[0, 4 * 2**40])}
-    ).encode()
-    yield 'safetensors-shape', struct.pack('<Q', len(header)) + header
-    overflow = json.dumps(
-        {'x': dict(dtype='F32', shape=[2**62, 2**62], data_offsets=[0, 0])}
-    ).encode()
-    yield 'safetensors-overflow', struct.pack('<Q', len(overflow)) + overflow
-    yield 'safetensors-header', struct.pack('<Q', 2**62) + b'{}' + bytes(99)
-    deep = b'[' * 100_000
-    yield 'safetensors-deep', struct.pack('<Q', len(deep) + 1) + b'{' + deep
+
+
+def headed(header: bytes, length: int | None = None) -> bytes:
+    """A safetensors file, its header's length declared."""
+    return struct.pack('<Q', len(header) if length is None else length) + header
+
+
+def huge_headers() -> Files:
+    for name, shape, end in (
+        ('shape', [2**40], 4 * 2**40),
+        ('overflow', [2**62, 2**62], 0),
+    ):
+        tensor = dict(dtype='F32', shape=shape, data_offsets=[0, end])
+        yield f'safetensors-{name}', headed(json.dumps({'x': tensor}).encode())
+    yield 'safetensors-header', headed(b'{}' + bytes(99), 2**62)
+    yield 'safetensors-deep', headed(b'{' + b'[' * 100_000)
 
 
 def long_int(value: int) -> bytes:
@@ -665,95 +677,102 @@ def long_int(value: int) -> bytes:
     return b'\x8a\x10' + data
 
 
-def busy(s: Source) -> Files:
-    """Programs that would take for ever, or exhaust the stack."""
-    # 2 ** 60 steps to hash: t = (t, t), sixty times, as a key
-    tuples = (
-        b'\x80\x02}(K\x01q\x00'
-        + b''.join(b'q\x00h\x00\x86' for _ in range(60))
-        + b'K\x01u.'
-    )
-    # Integers that Python hashes to the same number.
-    same = b''.join(long_int((2**61 - 1) * n) + b'N' for n in range(20_000))
-    items = b''.join(long_int((2**61 - 1) * n) for n in range(20_000))
-    deep_tuple = b')' + b'\x85' * 200_000
-    programs = {
-        'tuple-hash': b'\x80\x02' + tuples[2:],
-        'colliding-keys': b'\x80\x02}(' + same + b'u.',
-        'colliding-set': b'\x80\x02c__builtin__\nset\n](' + items + b'e\x85R.',
-        'colliding-counter': b'\x80\x02ccollections\nCounter\n}(' + same + b'u\x85R.',
-        'colliding-pairs': b'\x80\x02ccollections\nOrderedDict\n]('
-        + b''.join(long_int((2**61 - 1) * n) + b'N\x86' for n in range(9_000))
+def text(value: str) -> bytes:
+    data = value.encode()
+    return b'X' + struct.pack('<I', len(data)) + data
+
+
+# Integers that Python hashes to the same number.
+COLLIDING = [long_int((2**61 - 1) * n) for n in range(20_000)]
+# 2 ** 60 steps to hash: t = (t, t), sixty times.
+HASHED = b'K\x01' + b'q\x07h\x07\x86' * 60
+DEEP_TUPLE = b')' + b'\x85' * 200_000
+
+
+def hard_to_hash() -> dict[str, bytes]:
+    same = b''.join(number + b'N' for number in COLLIDING)
+    return {
+        'tuple-hash': b'}(' + HASHED + b'K\x01u.',
+        'colliding-keys': b'}(' + same + b'u.',
+        'colliding-set': b'c__builtin__\nset\n](' + b''.join(COLLIDING) + b'e\x85R.',
+        'colliding-counter': b'ccollections\nCounter\n}(' + same + b'u\x85R.',
+        'colliding-pairs': b'ccollections\nOrderedDict\n]('
+        + b''.join(number + b'N\x86' for number in COLLIDING[:9_000])
         + b'e\x85R.',
-        'colliding-tuples': b'\x80\x02}('
-        + b''.join(long_int((2**61 - 1) * n) + b'\x85N' for n in range(9_000))
+        'colliding-tuples': b'}('
+        + b''.join(number + b'\x85N' for number in COLLIDING[:9_000])
         + b'u.',
-        'deep-tuple-key': b'\x80\x02}' + deep_tuple + b'Ns.',
-        'deep-tuples': b'\x80\x02}X\x01\0\0\0a' + deep_tuple + b's.',
-        'deep-lists': b'\x80\x02' + b']' * 200_000 + b'a' * 199_999 + b'.',
-        'deep-dicts': b'\x80\x02'
-        + b'}X\x01\0\0\0a' * 100_000
-        + b'N'
-        + b's' * 100_000
-        + b'.',
-        'many-globals': b'\x80\x02'
-        + b''.join(b'cx\n%d\n0' % n for n in range(60_000))
-        + b'N.',
-        'only-marks': b'\x80\x02' + b'(' * 300_000,
-        'a-million-steps': b'\x80\x02}' + b'K\x010' * 300_000 + b'.',
-        'many-storages': b'\x80\x02('
-        + b''.join(
-            b'(X\x07\0\0\0storagectorch\nFloatStorage\nX\x05\0\0\0%05d'
-            b'X\x03\0\0\0cpuK\x00tQ' % n
-            for n in range(9_000)
-        )
-        + b't.',
-        'no-end': b'\x80\x02}' + b'N' * 1000,
-        'no-memo': b'\x80\x02h\x07.',
-        'underflow': b'\x80\x02\x87.',
-        'huge-string': b'\x80\x02X\xff\xff\xff\xffa.',
-        'huge-number': b'\x80\x02\x8b\xff\xff\xff\x7fa.',
-        'decimal-number': b'\x80\x02I' + b'9' * 100_000 + b'\n.',
-        'extension': b'\x80\x02\x82\x01.',
-        'instance': b'\x80\x02(ios\nsystem\n.',
-        'persistent-text': b'\x80\x02Pstorage\n.',
-        'persistent-call': b'\x80\x02(X\x06\0\0\0modulecos\nsystem\nNNtQ.',
-        'name-without-end': b'\x80\x02cos',
-        'built-dict': b'\x80\x02}}X\x01\0\0\0aK\x01sb.',
-        'built-class': b'\x80\x02ccollections\nOrderedDict\n}X\x05\0\0\0itemsK\x01sb.',
-        'shadowed': b'\x80\x02ccollections\nOrderedDict\n)R}X\x05\0\0\0itemsK\x01sb.',
-        'bytes-of-1TB': b'\x80\x02c__builtin__\nbytearray\n'
-        + long_int(2**40)
-        + b'\x85R.',
     }
-    storage = (b'(X\x07\0\0\0storagectorch\nFloatStorage\n', b'X\x03\0\0\0cpu')
 
-    def described(key: bytes, count: bytes) -> bytes:
-        return b'\x80\x02' + storage[0] + key + storage[1] + count + b'tQ.'
 
-    def text(value: str) -> bytes:
-        data = value.encode()
-        return b'X' + struct.pack('<I', len(data)) + data
+def deep_and_long() -> dict[str, bytes]:
+    return {
+        'deep-tuple-key': b'}' + DEEP_TUPLE + b'Ns.',
+        'deep-tuples': b'}X\x01\0\0\0a' + DEEP_TUPLE + b's.',
+        'deep-lists': b']' * 200_000 + b'a' * 199_999 + b'.',
+        'deep-dicts': b'}X\x01\0\0\0a' * 100_000 + b'N' + b's' * 100_000 + b'.',
+        'many-globals': b''.join(b'cx\n%d\n0' % n for n in range(60_000)) + b'N.',
+        'only-marks': b'(' * 300_000,
+        'a-million-steps': b'}' + b'K\x010' * 300_000 + b'.',
+        'many-storages': b'('
+        + b''.join(described(text(f'{n:05d}'), b'K\x00')[:-1] for n in range(9_000))
+        + b't.',
+    }
 
-    hashed = b'K\x01' + b'q\x07h\x07\x86' * 60
-    zero = text('0')
-    programs.update(
-        {
-            'storage-deep-key': described(deep_tuple, b'K\x08'),
-            'storage-hashed-key': described(hashed, b'K\x08'),
-            'storage-long-key': described(text('x' * 90_000), b'K\x08'),
-            'storage-forged-count': described(zero, text('\x1b[31mFORGED\nline')),
-            'storage-hashed-count': described(zero, hashed),
-            'storage-negative': described(zero, b'J\xff\xff\xff\xff'),
-            'storage-endless': described(zero, long_int(2**100)),
-            'long-tuple-key': b'\x80\x02('
-            + b'K\x01' * 200_000
-            + b'tq\x01('
-            + b'}h\x01Ns' * 900
-            + b't.',
-        }
+
+def malformed() -> dict[str, bytes]:
+    return {
+        'no-end': b'}' + b'N' * 1000,
+        'no-memo': b'h\x07.',
+        'underflow': b'\x87.',
+        'huge-string': b'X\xff\xff\xff\xffa.',
+        'huge-number': b'\x8b\xff\xff\xff\x7fa.',
+        'decimal-number': b'I' + b'9' * 100_000 + b'\n.',
+        'extension': b'\x82\x01.',
+        'instance': b'(ios\nsystem\n.',
+        'persistent-text': b'Pstorage\n.',
+        'persistent-call': b'(X\x06\0\0\0modulecos\nsystem\nNNtQ.',
+        'name-without-end': b'cos',
+        'built-dict': b'}}X\x01\0\0\0aK\x01sb.',
+        'built-class': b'ccollections\nOrderedDict\n}X\x05\0\0\0itemsK\x01sb.',
+        'shadowed': b'ccollections\nOrderedDict\n)R}X\x05\0\0\0itemsK\x01sb.',
+        'bytes-of-1TB': b'c__builtin__\nbytearray\n' + long_int(2**40) + b'\x85R.',
+    }
+
+
+def described(key: bytes, count: bytes) -> bytes:
+    """A storage as torch describes it."""
+    return (
+        b'(X\x07\0\0\0storagectorch\nFloatStorage\n'
+        + key
+        + b'X\x03\0\0\0cpu'
+        + count
+        + b'tQ.'
     )
-    copied = {
+
+
+def odd_storages() -> dict[str, bytes]:
+    zero = text('0')
+    return {
+        'storage-deep-key': described(DEEP_TUPLE, b'K\x08'),
+        'storage-hashed-key': described(HASHED, b'K\x08'),
+        'storage-long-key': described(text('x' * 90_000), b'K\x08'),
+        'storage-forged-count': described(zero, text('\x1b[31mFORGED\nline')),
+        'storage-hashed-count': described(zero, HASHED),
+        'storage-negative': described(zero, b'J\xff\xff\xff\xff'),
+        'storage-endless': described(zero, long_int(2**100)),
+        'long-tuple-key': b'('
+        + b'K\x01' * 200_000
+        + b'tq\x01('
+        + b'}h\x01Ns' * 900
+        + b't.',
+    }
+
+
+def copies() -> dict[str, bytes]:
+    """A call with one large argument, twenty thousand times."""
+    shorts = [b'M' + struct.pack('<H', n) for n in range(30_000)]
+    calls_of = {
         'encode': (
             b'c_codecs\nencode\n',
             text('x' * 200_000) + text('latin1') + b'\x86',
@@ -761,33 +780,31 @@ def busy(s: Source) -> Files:
         'path': (b'cpathlib\nPosixPath\n', text('x' * 200_000) + b'\x85'),
         'mapping': (
             b'caddict.addict\nDict\n',
-            b'}('
-            + b''.join(b'M' + struct.pack('<H', n) + b'N' for n in range(30_000))
-            + b'u\x85',
+            b'}(' + b''.join(number + b'N' for number in shorts) + b'u\x85',
         ),
-        'set': (
-            b'c__builtin__\nset\n',
-            b']('
-            + b''.join(b'M' + struct.pack('<H', n) for n in range(30_000))
-            + b'e\x85',
-        ),
+        'set': (b'c__builtin__\nset\n', b'](' + b''.join(shorts) + b'e\x85'),
         'size': (b'ctorch\nSize\n', b'(' + b'K\x01' * 90_000 + b't\x85'),
     }
-    for name, (call, args) in copied.items():
-        programs[f'copied-{name}'] = (
-            b'\x80\x02'
-            + call
-            + b'q\x01'
-            + args
-            + b'q\x020]('
-            + b'h\x01h\x02R' * 20_000
-            + b'e.'
-        )
+    return {
+        f'copied-{name}': call
+        + b'q\x01'
+        + args
+        + b'q\x020]('
+        + b'h\x01h\x02R' * 20_000
+        + b'e.'
+        for name, (call, args) in calls_of.items()
+    }
+
+
+def busy(s: Source) -> Files:
+    """Programs that would take for ever, or exhaust the stack."""
     head = legacy({}).partition(b'}q\x00.')[0]
-    for name, program in programs.items():
-        yield name, s.with_pickle(program)
-        if name.startswith(('colliding', 'many', 'deep')):
-            yield f'{name}-legacy', head + program
+    for make in (hard_to_hash, deep_and_long, malformed, odd_storages, copies):
+        for name, program in make().items():
+            program = b'\x80\x02' + program
+            yield name, s.with_pickle(program)
+            if name.startswith(('colliding', 'many', 'deep')):
+                yield f'{name}-legacy', head + program
     cycle: dict = {}
     cycle['model'] = cycle
     yield 'cycle', zipped(cycle)
@@ -799,111 +816,99 @@ def busy(s: Source) -> Files:
         'fifty-wrappers-beside',
         s.zipped({**s.weights, 'x': nested} if s.run else None, x=nested),
     )
-    doubled = (
-        b'{'
-        + b','.join(
-            b'"k%d":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}' % n
-            for n in range(12_000)
-        )
-        + b',"k0":{}}'
+    entries = b','.join(
+        b'"k%d":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}' % n
+        for n in range(12_000)
     )
-    yield 'safetensors-doubled-key', struct.pack('<Q', len(doubled)) + doubled
-    digits = b'{"x":' + b'9' * 500_000 + b'}'
-    yield 'safetensors-digits', struct.pack('<Q', len(digits)) + digits
+    yield 'safetensors-doubled-key', headed(b'{' + entries + b',"k0":{}}')
+    yield 'safetensors-digits', headed(b'{"x":' + b'9' * 500_000 + b'}')
 
 
 def records(s: Source) -> Files:
     """Archives that two readers could read in two ways; storages that are not
     those of the tensors."""
     data = s.zipped()
+    yield from added_records(s, data)
+    yield from changed_records(data)
+    yield 'bytes-before', b'PK\x03\x04' + data
+    yield 'with-a-comment', _with_comment(data)
+    yield (
+        'torchscript-beside',
+        with_record(data, 'archive/constants.pkl', b'x', first=False),
+    )
+    yield from storage_lists(legacy(s.content()))
+
+
+def with_record(data: bytes, name: str, content: bytes, first: bool) -> bytes:
+    """An archive with one more record, before or after the others."""
+    target = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(target, 'w') as new:
+        records = [(info.filename, old.read(info)) for info in old.infolist()]
+        records.insert(0 if first else len(records), (name, content))
+        for record in records:
+            new.writestr(*record)
+    return target.getvalue()
+
+
+def added_records(s: Source, data: bytes) -> Files:
+    """Of another checkpoint, under names that some readers take for one."""
     evil = s.zipped({key: tensor + 1 for key, tensor in s.weights.items()})
     with zipfile.ZipFile(io.BytesIO(evil)) as archive:
         other = {
             info.filename.partition('/')[2]: archive.read(info)
             for info in archive.infolist()
         }
-
-    def added(names: dict[str, bytes], first: bool) -> bytes:
-        target = io.BytesIO()
-        with (
-            zipfile.ZipFile(io.BytesIO(data)) as old,
-            zipfile.ZipFile(target, 'w') as new,
-        ):
-            old_records = [(i.filename, old.read(i)) for i in old.infolist()]
-            both = (
-                list(names.items()) + old_records
-                if first
-                else (old_records + list(names.items()))
-            )
-            for name, content in both:
-                new.writestr(name, content)
-        return target.getvalue()
-
     for first in (True, False):
-        where = 'first' if first else 'last'
         for name in ('data.pkl', 'data/0', 'byteorder', 'version'):
-            yield (
-                f'{name}-in-capitals-{where}',
-                added({f'archive/{name.upper()}': other[name]}, first),
-            )
-            yield (
-                f'{name}-twice-{where}',
-                added({f'archive/{name}': other[name]}, first),
-            )
-            yield (
-                f'{name}-in-another-folder-{where}',
-                added({f'other/{name}': other[name]}, first),
-            )
-            yield (
-                f'{name}-without-a-folder-{where}',
-                added({name: other[name]}, first),
-            )
+            for how, place in (
+                ('in-capitals', f'archive/{name.upper()}'),
+                ('twice', f'archive/{name}'),
+                ('in-another-folder', f'other/{name}'),
+                ('without-a-folder', name),
+            ):
+                yield (
+                    f'{name}-{how}-{"first" if first else "last"}',
+                    with_record(data, place, other[name], first),
+                )
+
+
+def changed_records(data: bytes) -> Files:
     for name in ('data.pkl', 'data/0', 'data/7'):
         yield (
             f'without-{name}',
             rebuilt(data, lambda n, c, name=name: None if n == name else c),
         )
-    yield 'in-capitals', rebuilt(data, lambda n, c: c, rename=str.upper)
-    yield (
-        'storages-swapped',
-        rebuilt(
-            data,
-            lambda n, c: c,
-            rename=lambda n: {
-                'archive/data/0': 'archive/data/1',
-                'archive/data/1': 'archive/data/0',
-            }.get(n, n),
-        ),
-    )
-    yield (
-        'storage-longer',
-        rebuilt(data, lambda n, c: c + bytes(4) if n == 'data/0' else c),
-    )
-    yield (
-        'storage-shorter',
-        rebuilt(data, lambda n, c: c[:-4] if n == 'data/0' else c),
-    )
-    yield ('storage-empty', rebuilt(data, lambda n, c: b'' if n == 'data/0' else c))
-    yield ('big-endian', rebuilt(data, lambda n, c: b'big' if n == 'byteorder' else c))
-    yield ('parent-folder', rebuilt(data, lambda n, c: c, rename=lambda n: '../' + n))
-    yield 'bytes-before', b'PK\x03\x04' + data
-    yield 'with-a-comment', _with_comment(data)
-    yield 'torchscript-beside', added({'archive/constants.pkl': b'x'}, False)
-    old = legacy(s.content())
+    swap = {'archive/data/0': 'archive/data/1', 'archive/data/1': 'archive/data/0'}
+    renames = {
+        'in-capitals': str.upper,
+        'storages-swapped': lambda n: swap.get(n, n),
+        'parent-folder': lambda n: f'../{n}',
+    }
+    changes = {
+        'storage-longer': ('data/0', lambda c: c + bytes(4)),
+        'storage-shorter': ('data/0', lambda c: c[:-4]),
+        'storage-empty': ('data/0', lambda c: b''),
+        'big-endian': ('byteorder', lambda c: b'big'),
+    }
+    for what, rename in renames.items():
+        yield what, rebuilt(data, lambda n, c: c, rename=rename)
+    for what, (name, change) in changes.items():
+        yield (
+            what,
+            rebuilt(
+                data,
+                lambda n, c, name=name, change=change: change(c) if n == name else c,
+            ),
+        )
+
+
+def storage_lists(old: bytes) -> Files:
+    """The list of storages in a file of torch before 1.6."""
     start, keys = _legacy_keys(old)
     end = start + len(pickle.dumps(keys, 2))
     # The list describes every storage once more, which nothing fills.
-    described = b''.join(
-        b'(X\x07\0\0\0storagectorch\nFloatStorage\nX'
-        + struct.pack('<I', len(key))
-        + key.encode()
-        + b'X\x03\0\0\0cpuK\x08NtQ0'
-        for key in keys
-    )
-    yield (
-        'legacy-keys-describe',
-        (old[:start] + b'\x80\x02' + described + old[start + 2 :]),
-    )
+    again = b''.join(described(text(key), b'K\x08N')[:-1] + b'0' for key in keys)
+    yield 'legacy-keys-describe', old[:start] + b'\x80\x02' + again + old[start + 2 :]
     for name, changed in dict(
         first_omitted=keys[1:],
         last_omitted=keys[:-1],
@@ -914,15 +919,9 @@ def records(s: Source) -> Files:
         tuple=tuple(keys),
         numbers=list(range(len(keys))),
     ).items():
-        yield (
-            f'legacy-keys-{name}',
-            (old[:start] + pickle.dumps(changed, 2) + old[end:]),
-        )
-    yield ('legacy-count', (old[:end] + struct.pack('<q', 2**40) + old[end + 8 :]))
-    yield (
-        'legacy-negative-count',
-        (old[:end] + struct.pack('<q', -1) + old[end + 8 :]),
-    )
+        yield f'legacy-keys-{name}', old[:start] + pickle.dumps(changed, 2) + old[end:]
+    for name, count in (('count', 2**40), ('negative-count', -1)):
+        yield f'legacy-{name}', old[:end] + struct.pack('<q', count) + old[end + 8 :]
 
 
 def _with_comment(data: bytes) -> bytes:
@@ -958,99 +957,105 @@ def _legacy_keys(data: bytes) -> tuple[int, list]:
 
 def wrong_content(s: Source) -> Files:
     weights = s.weights
-    stem = 'downsample_layers.0.0.weight'
-    gamma = 'stages.1.1.gamma'
     for key in list(weights)[::5]:
         if not key.startswith('norm'):
+            tensor = weights[key]
             rest = {k: t for k, t in weights.items() if k != key}
+            doubled = tensor.expand(2, *tensor.shape).clone()
             yield f'without-{key}', s.zipped(rest)
-            yield (f'integer-{key}', s.zipped({**weights, key: weights[key].int()}))
+            yield f'integer-{key}', s.zipped({**weights, key: tensor.int()})
+            yield f'wrong-rank-{key}', s.zipped({**weights, key: doubled})
+    for make in (lacking, other_values, other_parameters):
+        for name, changed in make(weights).items():
+            yield name, s.zipped(changed)
+    for name, prefix in (('wrapped', 'module.'), ('spelt', 'modulex')):
+        if s.run is not None:
+            state = s.run['state_dict']
+            other = {prefix + key: tensor + 1 for key, tensor in state.items()}
             yield (
-                f'wrong-rank-{key}',
-                s.zipped(
-                    {
-                        **weights,
-                        key: weights[key].expand(2, *weights[key].shape).clone(),
-                    }
-                ),
+                f'two-runs-{name}',
+                zipped({**s.run, 'state_dict': {**state, **other}}),
             )
-    torchvision = {
-        k.replace('downsample_layers.0', 'features.0').replace(
-            'stages.0.', 'features.1.'
-        ): t
-        for k, t in weights.items()
-        if k.startswith(('downsample_layers.0', 'stages.0'))
+    for name, content in other_contents(weights).items():
+        yield name, zipped(content)
+    yield from doubled_keys(s)
+
+
+def lacking(weights: Weights) -> dict[str, dict]:
+    return {
+        name: {key: tensor for key, tensor in weights.items() if part not in key}
+        for name, part in dict(
+            stage_missing='stages.2',
+            block_missing='stages.1.0',
+            stem_missing='downsample_layers.0',
+            half_a_norm='norm1.bias',
+            other_half='norm2.weight',
+        ).items()
     }
-    for name, changed in dict(
-        stage_missing={k: t for k, t in weights.items() if 'stages.2' not in k},
-        block_missing={k: t for k, t in weights.items() if 'stages.1.0' not in k},
-        stem_missing={
-            k: t for k, t in weights.items() if 'downsample_layers.0' not in k
+
+
+def other_values(weights: Weights) -> dict[str, dict]:
+    """Of one parameter, or of all."""
+    key = 'stages.1.1.gamma'
+    gamma = weights[key]
+    conv, linear = 'stages.0.0.dwconv.weight', 'stages.0.0.pwconv1.weight'
+    quantised = torch.quantize_per_tensor(gamma, 0.1, 0, torch.qint8)
+    return {
+        'none': {},
+        'numbered': dict(enumerate(weights.values())),
+        'other_network': {'conv1.weight': torch.zeros(3), 'fc.bias': torch.zeros(3)},
+        'arrays': {name: tensor.numpy() for name, tensor in weights.items()},
+        'lists': {name: tensor.tolist() for name, tensor in weights.items()},
+        **{
+            name: {**weights, key: value}
+            for name, value in dict(
+                boolean=gamma > 0,
+                complex=gamma.to(torch.complex64),
+                no_elements=torch.zeros(0),
+                no_dimensions=torch.tensor(1.0),
+                quantised=quantised,
+                sparse=gamma.to_sparse(),
+                meta=gamma.to('meta'),
+                wrong_width=torch.zeros(13),
+                too_large=gamma.double() + 1e300,
+            ).items()
         },
-        none={},
-        numbered=dict(enumerate(weights.values())),
-        other_network={'conv1.weight': torch.zeros(3), 'fc.bias': torch.zeros(3)},
-        arrays={key: tensor.numpy() for key, tensor in weights.items()},
-        lists={key: tensor.tolist() for key, tensor in weights.items()},
-        boolean={**weights, gamma: weights[gamma] > 0},
-        complex={**weights, gamma: weights[gamma].to(torch.complex64)},
-        no_elements={**weights, gamma: torch.zeros(0)},
-        no_dimensions={**weights, gamma: torch.tensor(1.0)},
-        quantised={
-            **weights,
-            gamma: torch.quantize_per_tensor(weights[gamma], 0.1, 0, torch.qint8),
-        },
-        sparse={**weights, gamma: weights[gamma].to_sparse()},
-        meta={**weights, gamma: weights[gamma].to('meta')},
-        wrong_width={**weights, gamma: torch.zeros(13)},
-        too_large={**weights, gamma: weights[gamma].double() + 1e300},
-        wrong_kernel={**weights, 'stages.0.0.dwconv.weight': torch.zeros(8, 1, 5, 5)},
-        transposed={
-            **weights,
-            'stages.0.0.pwconv1.weight': weights[
-                'stages.0.0.pwconv1.weight'
-            ].T.contiguous(),
-        },
+        'wrong_kernel': {**weights, conv: torch.zeros(8, 1, 5, 5)},
+        'transposed': {**weights, linear: weights[linear].T.contiguous()},
+    }
+
+
+def other_parameters(weights: Weights) -> dict[str, dict]:
+    """More than there should be, or under other names."""
+    gamma = 'stages.1.1.gamma'
+    torchvision = {
+        key.replace('downsample_layers.0', 'features.0').replace(
+            'stages.0.', 'features.1.'
+        ): tensor
+        for key, tensor in weights.items()
+        if key.startswith(('downsample_layers.0', 'stages.0'))
+    }
+    mixed = {
+        key.replace('dwconv', 'depthwise_conv') if 'stages.3' in key else key: tensor
+        for key, tensor in weights.items()
+    }
+    twice = {f'module.{key}': tensor for key, tensor in weights.items()}
+    grn = torch.zeros(1, 1, 1, 32)
+    return dict(
         unknown_inside={**weights, 'stages.0.0.attention.weight': torch.zeros(3)},
         block_number={**weights, 'stages.0.999999.gamma': torch.zeros(8)},
         far_block={**weights, 'stages.0.60.gamma': torch.zeros(8)},
-        half_a_norm={k: t for k, t in weights.items() if k != 'norm1.bias'},
-        other_half={k: t for k, t in weights.items() if k != 'norm2.weight'},
         two_families={**weights, **torchvision},
         doubled={**weights, f'module.{gamma}': weights[gamma]},
-        doubled_all={
-            **weights,
-            **{f'module.{key}': tensor for key, tensor in weights.items()},
-        },
-        mixed={
-            **{k: t for k, t in weights.items() if 'stages.3' not in k},
-            **{
-                k.replace('dwconv', 'depthwise_conv'): t
-                for k, t in weights.items()
-                if 'stages.3' in k
-            },
-        },
-        grn_and_gamma={**weights, 'stages.0.0.grn.gamma': torch.zeros(1, 1, 1, 32)},
-    ).items():
-        yield name, s.zipped(changed)
-    if s.run is not None:
-        state = s.run['state_dict']
-        for name, other in (('wrapped', 'module.'), ('spelt', 'modulex')):
-            yield (
-                f'two-runs-{name}',
-                zipped(
-                    {
-                        **s.run,
-                        'state_dict': {
-                            **state,
-                            **{
-                                other + key: tensor + 1 for key, tensor in state.items()
-                            },
-                        },
-                    }
-                ),
-            )
-    for name, content in dict(
+        doubled_all={**weights, **twice},
+        mixed=mixed,
+        grn_and_gamma={**weights, 'stages.0.0.grn.gamma': grn},
+    )
+
+
+def other_contents(weights: Weights) -> dict[str, Any]:
+    gamma = 'stages.1.1.gamma'
+    return dict(
         two_networks={
             f'{name}.{key}': tensor
             for name in ('student', 'teacher')
@@ -1058,23 +1063,24 @@ def wrong_content(s: Source) -> Files:
         },
         no_tensors=dict(model={}, epoch=3),
         list=[weights],
-        tensor=weights[stem],
+        tensor=weights['downsample_layers.0.0.weight'],
         number=3,
         text='weights',
         nothing=None,
-        other_prefix={f'encoder.{k}': t for k, t in weights.items()},
+        other_prefix={f'encoder.{key}': tensor for key, tensor in weights.items()},
         nested_wrong=dict(model=dict(encoder=dict(weights))),
-        bare={k: t for k, t in weights.items() if k != gamma},
-    ).items():
-        yield name, zipped(content)
-    pairs = list(weights.items())
-    double = save_safetensors({'a': pairs[0][1], 'b': pairs[0][1].clone()})
-    yield 'key-twice-in-safetensors', double.replace(b'"b"', b'"a"')
-    same = s.zipped({'aaaa': pairs[2][1], 'bbbb': pairs[3][1], **weights})
+        bare={key: tensor for key, tensor in weights.items() if key != gamma},
+    )
+
+
+def doubled_keys(s: Source) -> Files:
+    tensors = list(s.weights.values())
+    both = save_safetensors({'a': tensors[0], 'b': tensors[0].clone()})
+    yield 'key-twice-in-safetensors', both.replace(b'"b"', b'"a"')
     yield (
         'key-twice-in-pickle',
         rebuilt(
-            same,
+            s.zipped({'aaaa': tensors[2], 'bbbb': tensors[3], **s.weights}),
             lambda name, data: (
                 data.replace(b'bbbb', b'aaaa') if name == 'data.pkl' else data
             ),

@@ -4,22 +4,10 @@ import torch
 
 from convnext_mm import ConvNeXt
 from convnext_mm.models.block import select_impl
+from convnext_mm.ops.weights import BlockWeights
 
 SMALL = dict(depths=[1, 2, 3, 1], channels=[8, 16, 24, 32])
-NAMES = (
-    'x',
-    'dwconv_weight',
-    'dwconv_bias',
-    'norm_weight',
-    'norm_bias',
-    'pwconv1_weight',
-    'pwconv1_bias',
-    'pwconv2_weight',
-    'pwconv2_bias',
-    'gamma',
-    'grn_gamma',
-    'grn_beta',
-)
+NAMES = ('x', *BlockWeights._fields)
 
 
 def arguments(
@@ -60,15 +48,20 @@ def arguments(
     return values, drop_scale
 
 
+def call(block, values, drop_scale=None, **settings):
+    """A block's output, of input and weights by name."""
+    weights = BlockWeights(**{k: v for k, v in values.items() if k != 'x'})
+    return block(values['x'], weights, drop_scale, **settings)
+
+
 def run(impl, values, drop_scale, autocast=None, **settings):
     """Output and gradients by name, for one fixed output gradient."""
     values = {
         k: v.detach().clone().requires_grad_(v.requires_grad) for k, v in values.items()
     }
     with torch.autocast('cpu', autocast, enabled=autocast is not None):
-        out = select_impl(impl, values['x']).block(
-            **values, drop_scale=drop_scale, **settings
-        )
+        block = select_impl(impl, values['x']).block
+        out = call(block, values, drop_scale, **settings)
     generator = torch.Generator().manual_seed(1)
     out.backward(torch.randn(out.shape, generator=generator).to(out.dtype))
     return dict(out=out.detach(), **{k: v.grad for k, v in values.items()})

@@ -3,7 +3,7 @@ file; each runs in a process of its own, with limits.
 
 A door gives the state dict that it loaded. What should have been loaded, and
 the small detector and segmentor that it is loaded into, are made by
-:class:`World`.
+:func:`make_world`.
 """
 
 import gc
@@ -35,7 +35,6 @@ State = dict[str, Tensor]
 
 MAX_SECONDS = 10
 MAX_BYTES = 1 << 30
-
 
 train, test, convert = map(load_tool, ('train', 'test', 'convert_checkpoint'))
 LOADED: State = {}
@@ -105,8 +104,13 @@ SEGMENTOR = dict(
 )
 
 
-def make_configs(folder: Path) -> None:
-    """Two images, their annotations, and a config for each task."""
+PIPELINE = [dict(type='LoadImageFromFile'), dict(type='Resize', scale=(64, 64))]
+LOAD_BOXES = dict(type='LoadAnnotations', with_bbox=True)
+LOAD_MASKS = dict(type='LoadAnnotations')
+
+
+def make_data(folder: Path) -> None:
+    """Two images, their boxes and their masks."""
     (folder / 'images').mkdir()
     (folder / 'masks').mkdir()
     for i in range(2):
@@ -114,139 +118,100 @@ def make_configs(folder: Path) -> None:
             folder / f'images/{i}.png'
         )
         Image.fromarray(np.eye(64, dtype=np.uint8)).save(folder / f'masks/{i}.png')
-    (folder / 'boxes.json').write_text(
-        json.dumps(
-            dict(
-                images=[
-                    dict(id=i, file_name=f'{i}.png', width=64, height=64)
-                    for i in range(2)
-                ],
-                categories=[dict(id=1, name='thing')],
-                annotations=[
-                    dict(
-                        id=i + 1,
-                        image_id=i,
-                        category_id=1,
-                        iscrowd=0,
-                        area=400,
-                        bbox=[9, 9, 20, 20],
-                    )
-                    for i in range(2)
-                ],
-            )
-        )
-    )
-    pipeline = [dict(type='LoadImageFromFile'), dict(type='Resize', scale=(64, 64))]
+    box = dict(category_id=1, iscrowd=0, area=400, bbox=[9, 9, 20, 20])
     boxes = dict(
+        images=[
+            dict(id=i, file_name=f'{i}.png', width=64, height=64) for i in range(2)
+        ],
+        categories=[dict(id=1, name='thing')],
+        annotations=[dict(box, id=i + 1, image_id=i) for i in range(2)],
+    )
+    (folder / 'boxes.json').write_text(json.dumps(boxes))
+
+
+def detector_config(folder: Path) -> dict:
+    keys = ('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor')
+    data = dict(
         type='CocoDataset',
         data_root=str(folder),
         ann_file='boxes.json',
         data_prefix=dict(img='images/'),
         metainfo=dict(classes=('thing',)),
     )
-    masks = dict(
+    return dict(
+        default_scope='mmdet',
+        model=DETECTOR,
+        visualizer=dict(type='DetLocalVisualizer', name='v'),
+        **run_config(
+            dict(data, pipeline=[*PIPELINE, LOAD_BOXES, dict(type='PackDetInputs')]),
+            dict(
+                data,
+                test_mode=True,
+                pipeline=[
+                    *PIPELINE,
+                    LOAD_BOXES,
+                    dict(type='PackDetInputs', meta_keys=keys),
+                ],
+            ),
+            dict(type='CocoMetric', metric='bbox', ann_file=f'{folder}/boxes.json'),
+        ),
+    )
+
+
+def segmentor_config(folder: Path) -> dict:
+    pack = dict(type='PackSegInputs')
+    flips = [dict(type='RandomFlip', prob=p) for p in (0.0, 1.0)]
+    data = dict(
         type='BaseSegDataset',
         data_root=str(folder),
         seg_map_suffix='.png',
         img_suffix='.png',
         metainfo=dict(classes=('a', 'b'), palette=[[0, 0, 0], [9, 9, 9]]),
         data_prefix=dict(img_path='images', seg_map_path='masks'),
+        pipeline=[*PIPELINE, LOAD_MASKS, pack],
     )
-    annotations = dict(type='LoadAnnotations')
-    configs = dict(
-        detector=dict(
-            default_scope='mmdet',
-            model=DETECTOR,
-            train=dict(
-                boxes,
-                pipeline=[
-                    *pipeline,
-                    dict(annotations, with_bbox=True),
-                    dict(type='PackDetInputs'),
-                ],
-            ),
-            test=dict(
-                boxes,
-                test_mode=True,
-                pipeline=[
-                    *pipeline,
-                    dict(annotations, with_bbox=True),
-                    dict(
-                        type='PackDetInputs',
-                        meta_keys=(
-                            'img_id',
-                            'img_path',
-                            'ori_shape',
-                            'img_shape',
-                            'scale_factor',
-                        ),
-                    ),
-                ],
-            ),
-            metric=dict(
-                type='CocoMetric', metric='bbox', ann_file=str(folder / 'boxes.json')
-            ),
-            visualizer=dict(type='DetLocalVisualizer', name='v'),
-        ),
-        segmentor=dict(
-            default_scope='mmseg',
-            model=SEGMENTOR,
-            train=dict(
-                masks, pipeline=[*pipeline, annotations, dict(type='PackSegInputs')]
-            ),
-            test=dict(
-                masks, pipeline=[*pipeline, annotations, dict(type='PackSegInputs')]
-            ),
-            metric=dict(type='IoUMetric', iou_metrics=['mIoU']),
-            tta_model=dict(type='SegTTAModel'),
-            tta_pipeline=[
-                *pipeline,
-                dict(
-                    type='TestTimeAug',
-                    transforms=[
-                        [dict(type='RandomFlip', prob=p) for p in (0.0, 1.0)],
-                        [annotations],
-                        [dict(type='PackSegInputs')],
-                    ],
-                ),
-            ],
-            visualizer=dict(type='SegLocalVisualizer', name='v'),
-        ),
+    return dict(
+        default_scope='mmseg',
+        model=SEGMENTOR,
+        visualizer=dict(type='SegLocalVisualizer', name='v'),
+        tta_model=dict(type='SegTTAModel'),
+        tta_pipeline=[
+            *PIPELINE,
+            dict(type='TestTimeAug', transforms=[flips, [LOAD_MASKS], [pack]]),
+        ],
+        **run_config(data, data, dict(type='IoUMetric', iou_metrics=['mIoU'])),
     )
-    for name, cfg in configs.items():
-        loader = dict(
-            batch_size=1,
-            num_workers=0,
-            sampler=dict(type='DefaultSampler', shuffle=False),
-        )
-        test_loader = dict(loader, dataset=cfg.pop('test'))
-        metric = cfg.pop('metric')
-        Config(
-            dict(
-                train_dataloader=dict(loader, dataset=cfg.pop('train')),
-                test_dataloader=test_loader,
-                val_dataloader=test_loader,
-                test_evaluator=metric,
-                val_evaluator=metric,
-                **cfg,
-                optim_wrapper=dict(optimizer=dict(type='AdamW', lr=1e-4)),
-                param_scheduler=dict(type='LinearLR', by_epoch=False, begin=0, end=9),
-                train_cfg=dict(type='IterBasedTrainLoop', max_iters=2, val_interval=2),
-                test_cfg=dict(type='TestLoop'),
-                val_cfg=dict(type='ValLoop'),
-                log_level='ERROR',
-                custom_hooks=[dict(type='mmengine.KeepLoadedWeights')],
-                default_hooks=dict(
-                    checkpoint=dict(
-                        type='CheckpointHook',
-                        interval=1,
-                        by_epoch=False,
-                        max_keep_ckpts=2,
-                        save_best='auto',
-                    )
-                ),
+
+
+def run_config(train_data: dict, test_data: dict, metric: dict) -> dict:
+    """What both tasks say of a run."""
+    loader = dict(
+        batch_size=1, num_workers=0, sampler=dict(type='DefaultSampler', shuffle=False)
+    )
+    test_loader = dict(loader, dataset=test_data)
+    return dict(
+        train_dataloader=dict(loader, dataset=train_data),
+        test_dataloader=test_loader,
+        val_dataloader=test_loader,
+        test_evaluator=metric,
+        val_evaluator=metric,
+        optim_wrapper=dict(optimizer=dict(type='AdamW', lr=1e-4)),
+        param_scheduler=dict(type='LinearLR', by_epoch=False, begin=0, end=9),
+        train_cfg=dict(type='IterBasedTrainLoop', max_iters=2, val_interval=2),
+        test_cfg=dict(type='TestLoop'),
+        val_cfg=dict(type='ValLoop'),
+        log_level='ERROR',
+        custom_hooks=[dict(type='mmengine.KeepLoadedWeights')],
+        default_hooks=dict(
+            checkpoint=dict(
+                type='CheckpointHook',
+                interval=1,
+                by_epoch=False,
+                max_keep_ckpts=2,
+                save_best='auto',
             )
-        ).dump(folder / f'{name}.py')
+        ),
+    )
 
 
 def run(tool, folder: Path, name: str, *args: str) -> State:
@@ -366,12 +331,14 @@ DOORS: dict[str, Door] = {
 
 def make_world(folder: Path) -> dict[str, dict]:
     """Data, configs, and a valid checkpoint for each kind of model."""
-    make_configs(folder)
+    make_data(folder)
+    configs = dict(detector=detector_config(folder), segmentor=segmentor_config(folder))
     backbone = randomise(ConvNeXt(ARCH))
     backbone.stages[1][1].gamma.data.fill_(0.5)  # some files expand it
     checkpoints = dict(backbone=backbone.state_dict())
-    for name in ('detector', 'segmentor'):
-        cfg = Config.fromfile(folder / f'{name}.py')
+    for name, cfg in configs.items():
+        cfg = Config(cfg)
+        cfg.dump(folder / f'{name}.py')
         init_default_scope(cfg.default_scope)
         model = randomise(MODELS.build(cfg.model))
         model.backbone.load_state_dict(checkpoints['backbone'])

@@ -15,14 +15,21 @@ class Head(BaseModule):
 
 
 @pytest.fixture
-def released(tmp_path):
+def backbone():
+    return ConvNeXt(dict(depths=[1] * 4, channels=[2, 4, 8, 16])).state_dict()
+
+
+@pytest.fixture
+def released(tmp_path, backbone):
     """As the paper's release: backbone and head below ``model``."""
     path = tmp_path / 'classifier.pth'
-    state = ConvNeXt(dict(depths=[1] * 4, channels=[2, 4, 8, 16])).state_dict()
     head = nn.Linear(16, 5)
-    state.update({'head.weight': head.weight.data, 'head.bias': head.bias.data})
-    torch.save(dict(model=state), path)
+    torch.save(dict(model={**backbone, **below_head(head.state_dict())}), path)
     return path, head
+
+
+def below_head(state):
+    return {f'head.{name}': tensor for name, tensor in state.items()}
 
 
 def init_cfg(path):
@@ -47,7 +54,39 @@ def test_other_classes_are_refused(released):
         Head(7, init_cfg=init_cfg(released[0])).init_weights()
 
 
-def test_backbone_without_classifier(tmp_path):
-    torch.save(dict(model={'norm.weight': torch.ones(3)}), tmp_path / 'b.pth')
-    with pytest.raises(ValueError, match='found none'):
+def test_of_the_copy_that_the_backbone_takes(released, backbone, tmp_path):
+    path, expected = released
+    content = torch.load(path)
+    other = {name: tensor + 1 for name, tensor in content['model'].items()}
+    torch.save(dict(model=other, model_ema=content['model']), tmp_path / 'b.pth')
+    head = Head(5, init_cfg=init_cfg(tmp_path / 'b.pth'))
+    head.init_weights()
+    assert torch.equal(head.fc.weight, expected.weight)
+
+
+@pytest.mark.parametrize(
+    'change, reason',
+    [
+        (lambda tensor: tensor.double() * 1e300, r'weight, .*e\+\d+ in torch.float32'),
+        (lambda tensor: tensor.int(), 'has dtype torch.int32'),
+        (lambda tensor: tensor.to('meta'), 'on meta'),
+    ],
+)
+def test_numbers_that_are_none_are_refused(change, reason, backbone, tmp_path):
+    state = {name: change(t) for name, t in nn.Linear(16, 5).state_dict().items()}
+    torch.save(dict(model={**backbone, **below_head(state)}), tmp_path / 'b.pth')
+    head = Head(5, init_cfg=init_cfg(tmp_path / 'b.pth'))
+    before = head.fc.weight.clone()
+    with pytest.raises(ValueError, match=reason):
+        head.init_weights()
+    assert torch.equal(head.fc.weight, before)
+
+
+@pytest.mark.parametrize(
+    'has_backbone, reason', [(True, 'found none'), (False, 'no ConvNeXt weights')]
+)
+def test_no_classifier(has_backbone, reason, backbone, tmp_path):
+    state = backbone if has_backbone else {'norm.weight': torch.ones(3)}
+    torch.save(dict(model=state), tmp_path / 'b.pth')
+    with pytest.raises(ValueError, match=reason):
         Head(5, init_cfg=init_cfg(tmp_path / 'b.pth')).init_weights()

@@ -16,11 +16,13 @@ from block_cases import (
     SMALL,
     arguments,
     assert_equals_eager,
+    call,
     relative,
     run,
     run_backbone,
 )
 from convnext_mm import ConvNeXt
+from convnext_mm.archs import ARCHS
 from convnext_mm.models.block import (
     IMPL_NAMES,
     IMPLEMENTATIONS,
@@ -28,8 +30,8 @@ from convnext_mm.models.block import (
     Downsample,
     select_impl,
 )
-from convnext_mm.models.convnext import ARCHS
 from convnext_mm.ops import eager, fused, lean
+from convnext_mm.ops.weights import BlockNeeds
 
 LEAN = ['lean', 'lean+']
 
@@ -68,7 +70,7 @@ def test_block_of_other_kernels_and_layouts(impl, kernel):
     assert_equals_eager(impl, values, drop_scale)
     values['x'] = values['x'].detach().contiguous().requires_grad_()
     assert_equals_eager(impl, values, drop_scale)
-    out = IMPLEMENTATIONS[impl].block(**values)
+    out = call(IMPLEMENTATIONS[impl].block, values)
     assert out.is_contiguous()
 
 
@@ -134,8 +136,8 @@ def test_non_finite_inputs_stay_where_they_were(impl, bad, version):
     values, drop_scale = arguments(size=(33, 24), version=version)
     with torch.no_grad():
         values['x'][1, 3, 2, 4] = bad
-        expected = eager.block(**values, drop_scale=drop_scale)
-        got = IMPLEMENTATIONS[impl].block(**values, drop_scale=drop_scale)
+        expected = call(eager.block, values, drop_scale)
+        got = call(IMPLEMENTATIONS[impl].block, values, drop_scale)
     assert torch.equal(got.isfinite(), expected.isfinite())
     assert got[0].isfinite().all() and got[2].isfinite().all()
     expected = run('eager', values, drop_scale)['x'].isfinite()
@@ -194,10 +196,11 @@ def test_unused_output_and_empty_batch(impl):
     block = Block(8, impl=impl)
     x = torch.rand(2, 8, 6, 5, requires_grad=True)
     assert torch.autograd.grad(x.sum() + 0 * block(x).detach().sum(), x)[0].eq(1).all()
-    out = block(torch.rand(0, 8, 6, 5))
-    assert out.shape == (0, 8, 6, 5)
-    out.sum().backward()
-    assert all(p.grad.eq(0).all() for p in block.parameters())
+    for size in ((6, 5), (60, 50)):  # the second is more than a chunk
+        out = block(torch.rand(0, 8, *size))
+        assert out.shape == (0, 8, *size)
+        out.sum().backward()
+        assert all(p.grad.eq(0).all() for p in block.parameters())
 
 
 @pytest.mark.parametrize('impl', LEAN)
@@ -365,6 +368,10 @@ class StrideCheck(TorchDispatchMode):
                 [(n, s) for n, s in zip(t.shape, t.stride()) if n > 1] for t in outs
             ] == [[(n, s) for n, s in zip(t.shape, t.stride()) if n > 1] for t in fakes]
         return outs
+
+
+def test_names_are_in_one_order():
+    assert BlockNeeds._fields == NAMES
 
 
 @pytest.mark.parametrize('version', [1, 2])

@@ -3,7 +3,6 @@ slow, so shapes are small; and compiled, on a GPU where there is one."""
 
 import functools
 import json
-import os
 import subprocess
 import sys
 
@@ -12,13 +11,22 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import block_cases
-from block_cases import NAMES, SMALL, assert_equals_eager, relative, run, run_backbone
+from block_cases import (
+    NAMES,
+    SMALL,
+    assert_equals_eager,
+    call,
+    relative,
+    run,
+    run_backbone,
+)
 from convnext_mm import ConvNeXt
+from convnext_mm.archs import ARCHS
 from convnext_mm.models import block as block_module
 from convnext_mm.models.block import Block
-from convnext_mm.models.convnext import ARCHS
 from convnext_mm.ops import eager, fused
 from convnext_mm.ops import triton as triton_ops
+from repo import ROOT
 
 pytest.importorskip('triton')
 from convnext_mm.ops.triton import launch
@@ -76,8 +84,9 @@ def test_kernels_of_every_channel_count(channels):
         *torch.randn(3, channels),
     ]
     values = [v.requires_grad_() for v in values]
-    out, normed = launch.depthwise(
-        x, *(v.detach() for v in values[1:3]), 1, norm=(values[3], values[4], 1e-6)
+    weight, bias, norm_weight, norm_bias = (v.detach() for v in values[1:])
+    out, normed = launch.depthwise_norm(
+        x, weight, bias, 1, norm_weight, norm_bias, 1e-6, keep_maps=True
     )
     expected = torch.nn.functional.conv2d(
         *values[:3], padding=1, groups=channels
@@ -106,7 +115,7 @@ def test_block_of_other_kernels_and_layouts(kernel, channels_last):
     if not channels_last:
         values['x'] = values['x'].detach().contiguous().requires_grad_()
     assert_equals_eager('triton', values, drop_scale)
-    out = kernels.block(**values)
+    out = call(kernels.block, values)
     assert out.is_contiguous() != channels_last
 
 
@@ -394,15 +403,15 @@ def test_self_check_finds_wrong_kernels(monkeypatch):
     triton_ops._works_on.cache_clear()
     assert triton_ops.works_on('cpu')
     triton_ops._works_on.cache_clear()
-    right = launch.depthwise
+    right = launch.depthwise_norm
     monkeypatch.setattr(
         launch,
-        'depthwise',
+        'depthwise_norm',
         lambda *a, **k: [t if t is None else 1.5 * t for t in right(*a, **k)],
     )
     assert not triton_ops.works_on('cpu')
     triton_ops._works_on.cache_clear()
-    monkeypatch.setattr(launch, 'depthwise', None)  # raises when called
+    monkeypatch.setattr(launch, 'depthwise_norm', None)  # raises when called
     assert not triton_ops.works_on('cpu')
     triton_ops._works_on.cache_clear()
 
@@ -490,7 +499,7 @@ def check_kernels(tmp_path, *options):
         [sys.executable, 'tools/maintenance/check_kernels.py', str(tmp_path), *options],
         capture_output=True,
         text=True,
-        cwd=os.path.dirname(os.path.dirname(__file__)),
+        cwd=ROOT,
     )
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
     (path,) = tmp_path.glob('kernels*.json')

@@ -72,10 +72,10 @@ def parse_args() -> argparse.Namespace:
 def make_file(arch: str, path: Path) -> None:
     """A checkpoint with timm's names and random weights."""
     from convnext_mm import ConvNeXt
-    from convnext_mm.checkpoint.families import FAMILIES, _names_of
+    from convnext_mm.checkpoint.families import FAMILIES, layer_names
 
     timm = next(family for family in FAMILIES if family.name == 'timm')
-    theirs = {ours: name for name, ours in _names_of(timm).items()}
+    theirs = {ours: name for name, ours in layer_names(timm).items()}
     model = ConvNeXt(arch, out_norm=False)
     weights = {theirs[name]: tensor for name, tensor in model.state_dict().items()}
     torch.save(weights, path)

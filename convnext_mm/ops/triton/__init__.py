@@ -3,6 +3,8 @@ has: its functions import :mod:`.operators` when they are called."""
 
 import functools
 import importlib.util
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from mmengine.logging import print_log
@@ -10,6 +12,7 @@ from torch import Tensor
 
 from .. import eager
 from ..fused import compute_dtype
+from ..weights import BlockWeights
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MIN_TRITON = '3.6'  # tests run with it; tuples in loops need a recent one
@@ -65,7 +68,7 @@ def _has_triton() -> bool:
     return found >= tuple(map(int, MIN_TRITON.split('.')))
 
 
-def _names(dtypes) -> str:
+def _names(dtypes: Iterable[torch.dtype]) -> str:
     return ', '.join(str(dtype).split('.')[1] for dtype in dtypes)
 
 
@@ -113,38 +116,39 @@ def _check(device: str, dtype: torch.dtype) -> None:
     from . import launch, operators
 
     generator = torch.Generator().manual_seed(0)
+
+    def randn(*shape: int) -> Tensor:
+        # Whatever the user's default device and dtype are.
+        return torch.randn(
+            shape, generator=generator, device='cpu', dtype=torch.float32
+        ).to(device)
+
     c, m = 24, 96
-    shapes = (
-        (2, c, 9, 11),
-        (c, 1, 7, 7),
-        (c,),
-        (c,),
-        (c,),
-        (m, c),
-        (m,),
-        (c, m),
-        (c,),
-        (c,),
+    x = randn(2, c, 9, 11).contiguous(memory_format=torch.channels_last)
+    weights = BlockWeights(
+        dwconv_weight=randn(c, 1, 7, 7),
+        dwconv_bias=randn(c),
+        norm_weight=randn(c),
+        norm_bias=randn(c),
+        pwconv1_weight=randn(m, c),
+        pwconv1_bias=randn(m),
+        pwconv2_weight=randn(c, m),
+        pwconv2_bias=randn(c),
+        gamma=randn(c),
     )
-    # Whatever the user's default device and dtype are.
-    values = [
-        torch.randn(s, generator=generator, device='cpu', dtype=torch.float32).to(
-            device
-        )
-        for s in shapes
-    ]
-    values[0] = values[0].contiguous(memory_format=torch.channels_last)
     results = []
     launch.fixed_choice = 1  # of products a kernel, not PyTorch's
     try:
         for function in (eager.block, operators.block):
-            inputs = [v.clone().requires_grad_() for v in values]
+            inputs = [
+                v.clone().requires_grad_() for v in (x, *weights) if v is not None
+            ]
             with torch.autocast(
                 torch.device(device).type,
                 dtype=torch.bfloat16,
                 enabled=dtype == torch.bfloat16,
             ):
-                out = function(*inputs)
+                out = function(inputs[0], BlockWeights(*inputs[1:]))
             grads = torch.autograd.grad(out.float().square().mean(), inputs)
             results.append((out, *grads))
     finally:
@@ -159,21 +163,21 @@ def _check(device: str, dtype: torch.dtype) -> None:
             )
 
 
-def block(*args, **kwargs) -> Tensor:
+def block(*args: Any, **kwargs: Any) -> Tensor:
     """:func:`convnext_mm.ops.eager.block`, fused."""
     from . import operators
 
     return operators.block(*args, **kwargs)
 
 
-def downsample(*args, **kwargs) -> Tensor:
+def downsample(*args: Any, **kwargs: Any) -> Tensor:
     """:func:`convnext_mm.ops.eager.downsample`, fused."""
     from . import operators
 
     return operators.downsample(*args, **kwargs)
 
 
-def norm(*args, **kwargs) -> Tensor:
+def norm(*args: Any, **kwargs: Any) -> Tensor:
     """:func:`convnext_mm.ops.eager.norm`, fused."""
     from . import operators
 

@@ -5,7 +5,7 @@ Maps are (N, H, W, C) or (N, P, C), contiguous.
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -17,9 +17,11 @@ from . import kernels
 INTERPRETED = triton.knobs.runtime.interpret
 # Accumulators of a thread, with LayerNorm to follow and without: more spill.
 NORM_VALUES, PLAIN_VALUES = 16, 32
-_fastest: dict[tuple, object] = {}
+_fastest: dict[tuple, Any] = {}
 # Checks set it: the number of the candidate to take, nothing is measured.
 fixed_choice: int | None = None
+
+Candidate = TypeVar('Candidate')
 
 
 class Tile(NamedTuple):
@@ -63,7 +65,12 @@ PRODUCT_TILES = {
 }
 
 
-def fastest(key: tuple, rows: int, candidates: Sequence, run: Callable) -> object:
+def fastest(
+    key: tuple,
+    rows: int,
+    candidates: Sequence[Candidate],
+    run: Callable[[Candidate], object],
+) -> Candidate:
     """The candidate that ``run(candidate)`` takes the least time with,
     measured when a key is first met, remembered for the process.
 
@@ -96,7 +103,7 @@ def fastest(key: tuple, rows: int, candidates: Sequence, run: Callable) -> objec
     return _fastest[key]
 
 
-def _time(run: Callable, candidate: object) -> float:
+def _time(run: Callable[[Candidate], object], candidate: Candidate) -> float:
     """Median milliseconds; infinity where memory does not suffice for it or
     for measuring."""
     try:
@@ -138,40 +145,63 @@ def depthwise_tiles(channels: int, norm: bool) -> list[Tile]:
     return tiles or [Tile(1, 1, block_c, 16)]
 
 
-def depthwise(
+def depthwise_norm(
     x: Tensor,
     weight: Tensor,
-    bias: Tensor | None,
+    bias: Tensor,
     dilation: int,
-    norm: tuple[Tensor, Tensor, float] | None = None,
-    residual: Tensor | None = None,
-    flip: bool = False,
-    out_dtype: torch.dtype | None = None,
-    keep_maps: bool = True,
-) -> tuple[Tensor, Tensor]:
-    """Depthwise convolution, residual addition and LayerNorm.
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+    keep_maps: bool,
+) -> tuple[Tensor | None, Tensor]:
+    """Depthwise convolution, then LayerNorm.
 
     Args:
         x: (N, H, W, C).
         weight: (C, 1, K, K).
-        bias: (C,), or None.
-        norm: LayerNorm's weight, bias and eps, or None.
-        residual: (N, H, W, C), added to the output.
-        flip: The kernel turned round.
-        keep_maps: Whether the output before LayerNorm is wanted.
+        bias, norm_weight, norm_bias: (C,).
 
     Returns:
-        The output in ``out_dtype`` (default: that of ``x``) and the normalised
-        output in that of ``x``; None for what was not asked for.
+        The convolution's output with ``keep_maps``, else None, and LayerNorm's;
+        both like ``x``.
     """
+    out = torch.empty_like(x) if keep_maps else None
+    normed = torch.empty_like(x)
+    norm = (norm_weight, norm_bias, normed, eps)
+    _depthwise(x, weight, bias, dilation, out, norm=norm)
+    return out, normed
+
+
+def depthwise_input_grad(
+    grad: Tensor, weight: Tensor, dilation: int, residual: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """Gradient of the depthwise convolution's input plus ``residual``, in
+    ``dtype``; both and ``grad`` (N, H, W, C)."""
+    out = torch.empty_like(grad, dtype=dtype)
+    # Same padding, stride 1: the same convolution with the kernel turned round.
+    _depthwise(grad, weight, None, dilation, out, residual=residual, flip=True)
+    return out
+
+
+def _depthwise(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    dilation: int,
+    out: Tensor | None,
+    residual: Tensor | None = None,
+    norm: tuple[Tensor, Tensor, Tensor, float] | None = None,
+    flip: bool = False,
+) -> None:
+    """:func:`.kernels.depthwise_kernel` of (N, H, W, C), into ``out``; ``norm`` is
+    LayerNorm's weight, bias, output and eps."""
     n, height, width, channels = x.shape
     size = weight.shape[-1]
     taps = weight.to(x.dtype).view(channels, size * size).t().contiguous()
-    out = torch.empty_like(x, dtype=out_dtype) if keep_maps else None
-    normed = None if norm is None else torch.empty_like(x)
-    norm_weight, norm_bias, eps = norm or (None, None, 0.0)
+    norm_weight, norm_bias, normed, eps = norm or (None, None, None, 0.0)
     if not x.numel():
-        return out, normed
+        return
 
     def run(tile: Tile) -> None:
         phase_rows = triton.cdiv(triton.cdiv(height, dilation), tile.height)
@@ -207,14 +237,12 @@ def depthwise(
         size,
         dilation,
         x.dtype,
-        out_dtype,
+        None if out is None else out.dtype,
         norm is None,
         residual is None,
-        keep_maps,
     )
     tiles = depthwise_tiles(channels, norm is not None)
     run(fastest(key, n * height * width, tiles, run))
-    return out, normed
 
 
 def depthwise_weight_grad(
@@ -418,82 +446,95 @@ def gelu_backward(
     return grad, activation, parts.sum((0, 1))
 
 
-def _product(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    epilogue: str,
-    library: Callable,
-    out_dtype: torch.dtype,
-    **arguments,
-) -> tuple[Tensor, ...]:
-    """A matrix product with what follows it: PyTorch's and ``library`` after
-    it, or one kernel, whichever is faster. fp32 is PyTorch's alone, which
-    knows the user's choice on TF32.
+class Product(NamedTuple):
+    """``x W^T + b`` and what follows it, see :func:`.kernels.linear_kernel`.
 
-    Args:
+    Attributes:
         x: (N, P, K).
         weight: (M, K), any strides.
-        library: ``()`` to the results, with PyTorch's product.
-        out_dtype: Of the kernel's output.
-        arguments: Of the kernel: ``second`` (whether it writes a second
-            output), ``sums``, ``hidden``, ``residual``, ``scale``.
+        out_dtype: Of the output.
+        second: Whether there is a second output.
+        sums: Whether the output's sum over rows is wanted.
+        hidden, residual: (N, P, M), or None.
+        scale: (N or 1, 1, M or 1) fp32, or None for 1.
     """
+
+    epilogue: str
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    out_dtype: torch.dtype
+    second: bool = False
+    sums: bool = False
+    hidden: Tensor | None = None
+    residual: Tensor | None = None
+    scale: Tensor | None = None
+
+
+Outputs = tuple[Tensor, Tensor | None, Tensor | None]
+
+
+def _fastest_product(product: Product, library: Callable[[], Outputs]) -> Outputs:
+    """The output, the second one and the sums: of ``library``, which is PyTorch's
+    product and what follows it, or of one kernel, whichever is faster. fp32 is
+    PyTorch's alone, which knows the user's choice on TF32.
+    """
+    x, columns = product.x, len(product.weight)
+
+    def run(tile: ProductTile | None) -> Outputs:
+        return library() if tile is None else _one_kernel(product, tile)
+
+    candidates: tuple[ProductTile | None, ...] = (None,)
+    if x.dtype != torch.float32 and x.numel():
+        candidates += PRODUCT_TILES[product.epilogue]
+    key = (product.epilogue, x.shape[2], columns, x.dtype, product.second)
+    return run(fastest(key, x.shape[0] * x.shape[1], candidates, run))
+
+
+def _one_kernel(product: Product, tile: ProductTile) -> Outputs:
+    x, weight, scale = product.x, product.weight, product.scale
     n, pixels, inner = x.shape
     rows, columns = n * pixels, len(weight)
-
-    def run(tile: ProductTile | None) -> tuple[Tensor, ...]:
-        if tile is None:
-            return library()
-        out = x.new_empty(n, pixels, columns, dtype=out_dtype)
-        second = sums = None
-        row_blocks = triton.cdiv(rows, tile.rows)
-        if arguments.get('second'):
-            second = x.new_empty(n, pixels, columns)
-        if arguments.get('sums'):
-            sums = x.new_empty(row_blocks, columns, dtype=torch.float32)
-        scale = arguments.get('scale')
-        strides = (
-            (0, 0)
-            if scale is None
-            else (
-                scale.stride(0) if len(scale) > 1 else 0,
-                scale.stride(2) if scale.shape[2] > 1 else 0,
-            )
+    row_blocks = triton.cdiv(rows, tile.rows)
+    out = x.new_empty(n, pixels, columns, dtype=product.out_dtype)
+    second = sums = None
+    if product.second:
+        second = x.new_empty(n, pixels, columns)
+    if product.sums:
+        sums = x.new_empty(row_blocks, columns, dtype=torch.float32)
+    scale_strides = (0, 0)
+    if scale is not None:
+        scale_strides = (
+            scale.stride(0) if len(scale) > 1 else 0,
+            scale.stride(2) if scale.shape[2] > 1 else 0,
         )
-        kernels.linear_kernel[(row_blocks * triton.cdiv(columns, tile.columns),)](
-            x,
-            weight,
-            bias,
-            arguments.get('hidden'),
-            arguments.get('residual'),
-            scale,
-            out,
-            second,
-            sums,
-            rows,
-            pixels,
-            columns,
-            inner,
-            weight.stride(1),
-            weight.stride(0),
-            *strides,
-            epilogue,
-            tile.rows,
-            tile.columns,
-            tile.inner,
-            8,
-            INTERPRETED and x.dtype == torch.bfloat16,
-            num_warps=tile.warps,
-            num_stages=tile.stages,
-        )
-        return out, second, None if sums is None else sums.sum(0)
-
-    candidates = (None,)
-    if x.dtype != torch.float32 and x.numel():
-        candidates += PRODUCT_TILES[epilogue]
-    key = (epilogue, inner, columns, x.dtype, bool(arguments.get('second')))
-    return run(fastest(key, rows, candidates, run))
+    kernels.linear_kernel[(row_blocks * triton.cdiv(columns, tile.columns),)](
+        x,
+        weight,
+        product.bias,
+        product.hidden,
+        product.residual,
+        scale,
+        out,
+        second,
+        sums,
+        rows,
+        pixels,
+        columns,
+        inner,
+        weight.stride(1),
+        weight.stride(0),
+        *scale_strides,
+        product.epilogue,
+        tile.rows,
+        tile.columns,
+        tile.inner,
+        8,
+        INTERPRETED and x.dtype == torch.bfloat16,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+    return out, second, None if sums is None else sums.sum(0)
 
 
 def linear_gelu(
@@ -506,11 +547,12 @@ def linear_gelu(
         weight: (M, K).
     """
 
-    def library() -> tuple[Tensor, Tensor | None]:
+    def library() -> Outputs:
         y = F.linear(x, weight, bias)
-        return F.gelu(y), y if keep else None
+        return F.gelu(y), y if keep else None, None
 
-    return _product(x, weight, bias, 'gelu', library, x.dtype, second=keep)[:2]
+    product = Product('gelu', x, weight, bias, x.dtype, second=keep)
+    return _fastest_product(product, library)[:2]
 
 
 def linear_residual(
@@ -530,16 +572,17 @@ def linear_residual(
         scale: (N or 1, 1, C or 1) fp32, or None for 1.
     """
 
-    def library() -> tuple[Tensor]:
+    def library() -> Outputs:
         y = F.linear(x, weight, bias)
         out = residual.new_empty(residual.shape, dtype=out_dtype)
         if scale is None:
-            return (torch.add(residual, y, out=out),)
-        return (torch.addcmul(residual, y, scale, out=out),)
+            return torch.add(residual, y, out=out), None, None
+        return torch.addcmul(residual, y, scale, out=out), None, None
 
-    return _product(
-        x, weight, bias, 'residual', library, out_dtype, residual=residual, scale=scale
-    )[0]
+    product = Product(
+        'residual', x, weight, bias, out_dtype, residual=residual, scale=scale
+    )
+    return _fastest_product(product, library)[0]
 
 
 def linear_gelu_backward(
@@ -553,17 +596,19 @@ def linear_gelu_backward(
         hidden: (N, P, M).
     """
 
-    def library() -> tuple[Tensor, Tensor | None, Tensor]:
+    def library() -> Outputs:
         return gelu_backward(F.linear(grad, weight.t()), hidden, keep_activation)
 
-    return _product(
+    product = Product(
+        'gelu_backward',
         grad,
         weight.t(),
         None,
-        'gelu_backward',
-        library,
         grad.dtype,
-        hidden=hidden,
         second=keep_activation,
         sums=True,
+        hidden=hidden,
     )
+    out, activation, sums = _fastest_product(product, library)
+    assert sums is not None
+    return out, activation, sums

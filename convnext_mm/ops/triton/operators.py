@@ -9,26 +9,27 @@ output again; the depthwise convolution's weight and bias; its input and the
 residual; and two matrix products for the pointwise weights.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..define import define_block, define_downsample, define_operator, on_device_of
 from ..fused import (
     KEEP_NOTHING,
     bias_with_beta,
-    define_block,
-    define_downsample,
+    g_scale,
     grn_factor_grads,
     grn_factors,
-    layer_scale_grads,
     memory_format,
     out_dtype,
-    power_of_two,
-    refuse_double_backward,
+    pwconv2_grads,
     residual_scale,
     rows,
     scaled,
 )
+from ..weights import BlockNeeds, BlockWeights
 from . import launch
 
 
@@ -39,63 +40,54 @@ def _map(x: Tensor) -> Tensor:
 
 def _forward(
     x: Tensor,
-    dwconv_weight: Tensor,
-    dwconv_bias: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    pwconv1_weight: Tensor,
-    pwconv1_bias: Tensor,
-    pwconv2_weight: Tensor,
-    pwconv2_bias: Tensor,
-    gamma: Tensor | None,
-    grn_gamma: Tensor | None,
-    grn_beta: Tensor | None,
+    weights: BlockWeights,
     drop_scale: Tensor | None,
     eps: float,
     dilation: int,
     dtype: torch.dtype,
     keep: int,
-) -> tuple[Tensor | None, ...]:
-    """As :func:`..fused.define_block` asks for it."""
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """As :func:`..define.define_block` asks for it."""
     x_map = _map(x)
     cast = x_map.to(dtype)
-    maps, normed = launch.depthwise(
+    maps, normed = launch.depthwise_norm(
         cast,
-        dwconv_weight,
-        dwconv_bias,
+        weights.dwconv_weight,
+        weights.dwconv_bias,
         dilation,
-        norm=(norm_weight, norm_bias, eps),
+        weights.norm_weight,
+        weights.norm_bias,
+        eps,
         keep_maps=keep != KEEP_NOTHING,
     )
     normed = normed.flatten(1, 2)
-    w1, b1, w2, b2 = (
-        t.to(dtype)
-        for t in (pwconv1_weight, pwconv1_bias, pwconv2_weight, pwconv2_bias)
-    )
-    if grn_gamma is None:
+    w1, b1 = weights.pwconv1_weight.to(dtype), weights.pwconv1_bias.to(dtype)
+    w2, b2 = weights.pwconv2_weight.to(dtype), weights.pwconv2_bias.to(dtype)
+    hidden: Tensor | None
+    if weights.grn_gamma is None:
         h, hidden = launch.linear_gelu(normed, w1, b1, keep != KEEP_NOTHING)
     else:
         hidden = F.linear(normed, w1, b1)
-        scale, _ = grn_factors(_norm(hidden), grn_gamma)
+        scale, _ = grn_factors(_norm(hidden), weights.grn_gamma)
         h = launch.gelu_scaled(hidden, scale)
-        b2 = bias_with_beta(b2, w2, grn_beta)
+        b2 = bias_with_beta(b2, w2, weights.grn_beta)
     del normed
     out = launch.linear_residual(
         h,
         w2,
         b2,
         x_map.flatten(1, 2),
-        residual_scale(gamma, drop_scale),
-        out_dtype(x, gamma, dtype),
+        residual_scale(weights.gamma, drop_scale),
+        out_dtype(x, weights.gamma, dtype),
     )
     n, channels, height, width = x.shape
     out = out.view(n, height, width, channels).permute(0, 3, 1, 2)
     out = out.contiguous(memory_format=memory_format(x))
-    if keep == KEEP_NOTHING:
+    if maps is None:
         return out, None, None, None
     # Of the input itself nothing new is kept.
-    cast = None if dtype == x.dtype else cast.permute(0, 3, 1, 2)
-    return out, cast, maps.permute(0, 3, 1, 2), hidden
+    kept = None if dtype == x.dtype else cast.permute(0, 3, 1, 2)
+    return out, kept, maps.permute(0, 3, 1, 2), hidden
 
 
 def _norm(hidden: Tensor) -> Tensor:
@@ -110,11 +102,7 @@ def _sum_product(a: Tensor, b: Tensor) -> Tensor:
     the sums of a large map would overflow in fp16.
     """
     a, b = a.flatten(0, 1).t(), b.flatten(0, 1)
-    if (
-        a.is_cuda
-        and a.dtype != torch.float32
-        and 'dtype' in torch.ops.aten.mm.overloads()
-    ):
+    if a.is_cuda and a.dtype != torch.float32 and hasattr(torch.ops.aten.mm, 'dtype'):
         return torch.mm(a, b, out_dtype=torch.float32)
     return torch.mm(a, b).float()
 
@@ -124,101 +112,114 @@ def _backward(
     x: Tensor | None,
     maps: Tensor,
     hidden: Tensor,
-    dwconv_weight: Tensor,
-    dwconv_bias: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    pwconv1_weight: Tensor,
-    pwconv1_bias: Tensor,
-    pwconv2_weight: Tensor,
-    pwconv2_bias: Tensor,
-    gamma: Tensor | None,
-    grn_gamma: Tensor | None,
-    grn_beta: Tensor | None,
+    weights: BlockWeights,
     drop_scale: Tensor | None,
     eps: float,
     dilation: int,
     x_dtype: torch.dtype,
-    needs: list[bool],
-) -> list[Tensor | None]:
-    """As :func:`..fused.define_block` asks for it."""
-    dtype = maps.dtype
-    need_w1, need_w2 = any(needs[5:7]), any(needs[7:10])
-    grads: list[Tensor | None] = [None] * 12
+    needs: BlockNeeds,
+) -> dict[str, Tensor]:
+    """As :func:`..define.define_block` asks for it."""
     grad_map = _map(grad_out)
-    grad_rows = grad_map.flatten(1, 2)
-    w2 = pwconv2_weight.to(dtype)
-    drop = None if drop_scale is None else drop_scale.view(-1, 1, 1)
-    unscale = None
-    if dtype == torch.float16:
-        # No range for weights times a small gamma: gradients are scaled, for
-        # G by a power of two that brings them into range.
-        dy = scaled(grad_rows, residual_scale(gamma, drop_scale), dtype)
-        unscale = power_of_two(grad_rows)
-        dy_g = scaled(grad_rows, 1 / unscale if drop is None else drop / unscale, dtype)
-    else:
-        dy = dy_g = scaled(grad_rows, drop, dtype)
-        if gamma is not None:
-            w2 = (gamma[:, None] * pwconv2_weight).to(dtype)
-
-    if grn_gamma is None:
-        d_hidden, h, grads[6] = launch.linear_gelu_backward(dy, w2, hidden, need_w2)
-    else:
-        d_z = F.linear(dy, w2.t())
-        norm = _norm(hidden)
-        scale, mean = grn_factors(norm, grn_gamma)
-        d_scale, d_beta = launch.gelu_sums(hidden, d_z)
-        d_norm, grads[10] = grn_factor_grads(d_scale, grn_gamma, norm, mean)
-        grads[11] = d_beta.sum((0, 1))
-        d_hidden, h, grads[6] = launch.gelu_backward(
-            d_z, hidden, need_w2, (scale, d_norm, grn_beta)
-        )
-        del d_z
-    del dy
-    if need_w2:
-        g = _sum_product(dy_g, h)
-        g_sum = dy_g.sum((0, 1), dtype=torch.float32)
-        if unscale is not None:
-            g, g_sum = g.mul_(unscale[0]), g_sum.mul_(unscale[0, 0])
-        grads[7:10] = layer_scale_grads(
-            g, g_sum, gamma, pwconv2_weight, pwconv2_bias, needs[9]
-        )
-    del h, dy_g
-
-    d_normed = F.linear(d_hidden, pwconv1_weight.to(dtype).t())
-    # The normalised map takes the place of its gradient.
-    normed = d_normed if need_w1 else None
-    d_maps, grads[3], grads[4] = launch.layer_norm_backward(
-        d_normed, rows(maps).contiguous(), norm_weight, norm_bias, eps, normed
+    d_maps, grads = _pointwise_backward(
+        grad_map.flatten(1, 2), maps, hidden, weights, drop_scale, eps, needs
     )
-    if need_w1:
-        grads[5] = _sum_product(d_hidden, normed)
-    del d_hidden, d_normed, normed
-
     d_maps = d_maps.view(grad_map.shape)
-    if needs[0]:
-        grads[0] = launch.depthwise(
-            d_maps,
-            dwconv_weight,
-            None,
-            dilation,
-            residual=grad_map,
-            flip=True,
-            out_dtype=x_dtype,
-        )[0].permute(0, 3, 1, 2)
-    if needs[1]:
-        grads[1:3] = launch.depthwise_weight_grad(
-            _map(x), d_maps, dwconv_weight.shape[-1], dilation
+    if needs.x:
+        grads['x'] = launch.depthwise_input_grad(
+            d_maps, weights.dwconv_weight, dilation, grad_map, x_dtype
+        ).permute(0, 3, 1, 2)
+    if x is not None:
+        size = weights.dwconv_weight.shape[-1]
+        grads['dwconv_weight'], grads['dwconv_bias'] = launch.depthwise_weight_grad(
+            _map(x), d_maps, size, dilation
         )
-    elif needs[2]:
-        grads[2] = d_maps.sum((0, 1, 2), dtype=torch.float32)
+    elif needs.dwconv_bias:
+        grads['dwconv_bias'] = d_maps.sum((0, 1, 2), dtype=torch.float32)
     return grads
+
+
+def _pointwise_backward(
+    grad_out: Tensor,
+    maps: Tensor,
+    hidden: Tensor,
+    weights: BlockWeights,
+    drop_scale: Tensor | None,
+    eps: float,
+    needs: BlockNeeds,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The gradient of the depthwise output (N, P, C), and by name those of all
+    weights after it. ``grad_out`` is (N, P, C)."""
+    dtype = maps.dtype
+    need_1 = needs.pwconv1_weight or needs.pwconv1_bias
+    need_2 = needs.pwconv2_weight or needs.pwconv2_bias or needs.gamma
+    dg_scale, power = g_scale(grad_out, drop_scale, dtype)
+    dg = scaled(grad_out, dg_scale, dtype)
+    w2 = weights.pwconv2_weight
+    if dtype == torch.float16:  # no range for weights times a small gamma
+        dy = scaled(grad_out, residual_scale(weights.gamma, drop_scale), dtype)
+    else:
+        dy = dg
+        if weights.gamma is not None:
+            w2 = weights.gamma[:, None] * w2
+    w2 = w2.to(dtype)
+    d_hidden, h, grads = _hidden_backward(dy, w2, hidden, weights, need_2)
+    del dy
+    if h is not None:
+        g, g_sum = _sum_product(dg, h), dg.sum((0, 1), dtype=torch.float32)
+        grads.update(pwconv2_grads(g, g_sum, power, weights, needs.gamma))
+    del h, dg
+
+    d_normed = F.linear(d_hidden, weights.pwconv1_weight.to(dtype).t())
+    # The normalised map takes the place of its gradient.
+    normed = d_normed if need_1 else None
+    d_maps, grads['norm_weight'], grads['norm_bias'] = launch.layer_norm_backward(
+        d_normed,
+        rows(maps).contiguous(),
+        weights.norm_weight,
+        weights.norm_bias,
+        eps,
+        normed,
+    )
+    if normed is not None:
+        grads['pwconv1_weight'] = _sum_product(d_hidden, normed)
+    return d_maps, grads
+
+
+def _hidden_backward(
+    dy: Tensor, w2: Tensor, hidden: Tensor, weights: BlockWeights, keep: bool
+) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
+    """Backward of GELU, GRN and W2.
+
+    Args:
+        dy: (N, P, C), the gradient of W2's output.
+        w2: (C, M), in the dtype of ``dy``.
+        hidden: (N, P, M), the pre-activation.
+
+    Returns:
+        The gradient of ``hidden``; with ``keep`` W2's input, else None; and by
+        name the gradients of b1 and GRN's weights.
+    """
+    if weights.grn_gamma is None:
+        d_hidden, h, d_bias = launch.linear_gelu_backward(dy, w2, hidden, keep)
+        return d_hidden, h, dict(pwconv1_bias=d_bias)
+    assert weights.grn_beta is not None
+    d_z = F.linear(dy, w2.t())
+    norm = _norm(hidden)
+    scale, mean = grn_factors(norm, weights.grn_gamma)
+    d_scale, d_beta = launch.gelu_sums(hidden, d_z)
+    d_norm, d_gamma = grn_factor_grads(d_scale, weights.grn_gamma, norm, mean)
+    d_hidden, h, d_bias = launch.gelu_backward(
+        d_z, hidden, keep, (scale, d_norm, weights.grn_beta)
+    )
+    grads = dict(pwconv1_bias=d_bias, grn_gamma=d_gamma, grn_beta=d_beta.sum((0, 1)))
+    return d_hidden, h, grads
 
 
 def _norm_rows(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor]:
-    """(N, H, W, C), as :func:`..fused.define_downsample` asks for it."""
+    """(N, H, W, C), as :func:`..define.define_downsample` asks for it."""
     x = x.contiguous()
     out = torch.empty_like(x, dtype=dtype)
     launch.layer_norm(x.flatten(1, 2), weight, bias, eps, out)
@@ -227,7 +228,7 @@ def _norm_rows(
 
 def _norm_rows_backward(
     grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, eps: float, needs: list[bool]
-) -> tuple[Tensor | None, ...]:
+) -> tuple[Tensor, Tensor, Tensor]:
     x = x.contiguous()
     d_x, d_weight, d_bias = launch.layer_norm_backward(
         grad.contiguous().flatten(1, 2), x.flatten(1, 2), weight, bias, eps
@@ -249,8 +250,7 @@ def norm(
     return _norm_op(x, weight, bias, eps, channels_last, dtype)
 
 
-@torch.library.custom_op('convnext_mm::triton_norm', mutates_args=())
-def _norm_op(
+def _run_norm(
     x: Tensor,
     weight: Tensor,
     bias: Tensor,
@@ -258,48 +258,43 @@ def _norm_op(
     channels_last: bool,
     dtype: torch.dtype,
 ) -> Tensor:
-    out = torch.empty_like(x, dtype=dtype, memory_format=_format(channels_last))
-    with torch.cuda.device_of(x):
+    out = _fake_norm(x, weight, bias, eps, channels_last, dtype)
+    with on_device_of(x):
         launch.layer_norm(rows(x).contiguous(), weight, bias, eps, out, channels_last)
     return out
 
 
-def _format(channels_last: bool) -> torch.memory_format:
-    return torch.channels_last if channels_last else torch.contiguous_format
+def _fake_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    channels_last: bool,
+    dtype: torch.dtype,
+) -> Tensor:
+    strides = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty_like(x, dtype=dtype, memory_format=strides)
 
 
-@_norm_op.register_fake
-def _(x, weight, bias, eps, channels_last, dtype):
-    return torch.empty_like(x, dtype=dtype, memory_format=_format(channels_last))
+def _setup_norm_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, bias, ctx.eps, *_ = inputs
+    ctx.save_for_backward(x, weight, bias)
 
 
-def _norm_setup_context(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*inputs[:3])
-    ctx.eps = inputs[3]
-
-
-def _norm_backward(ctx, grad):
+def _norm_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     grads = _norm_backward_op(grad, *ctx.saved_tensors, ctx.eps)
-    return (
-        *(g if need else None for g, need in zip(grads, ctx.needs_input_grad)),
-        None,
-        None,
-        None,
-    )
+    needed = (g if need else None for g, need in zip(grads, ctx.needs_input_grad))
+    return (*needed, None, None, None)
 
 
-_norm_op.register_autograd(_norm_backward, setup_context=_norm_setup_context)
-
-
-@torch.library.custom_op('convnext_mm::triton_norm_backward', mutates_args=())
-def _norm_backward_op(
+def _run_norm_backward(
     grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     # Heads hand back what they were given: either layout.
     plain = grad.is_contiguous()
     grad = grad if plain else grad.contiguous(memory_format=torch.channels_last)
     n, channels, height, width = x.shape
-    with torch.cuda.device_of(x):
+    with on_device_of(x):
         d_x, d_weight, d_bias = launch.layer_norm_backward(
             grad, rows(x).contiguous(), weight, bias, eps, grad_last=not plain
         )
@@ -307,8 +302,9 @@ def _norm_backward_op(
     return d_x, d_weight.to(weight.dtype), d_bias.to(bias.dtype)
 
 
-@_norm_backward_op.register_fake
-def _(grad, x, weight, bias, eps):
+def _fake_norm_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
     return (
         torch.empty_like(x, memory_format=torch.channels_last),
         torch.empty_like(weight),
@@ -316,4 +312,13 @@ def _(grad, x, weight, bias, eps):
     )
 
 
-_norm_backward_op.register_autograd(refuse_double_backward)
+_norm_backward_op = define_operator(
+    'triton_norm_backward', _run_norm_backward, _fake_norm_backward
+)
+_norm_op = define_operator(
+    'triton_norm',
+    _run_norm,
+    _fake_norm,
+    setup_context=_setup_norm_context,
+    backward=_norm_backward,
+)
