@@ -1,6 +1,7 @@
 """The rooms of the package import downwards only, and in no circle."""
 
 import ast
+import re
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -138,3 +139,22 @@ def test_the_check_itself(module, source, climbing):
     """Each way to write an import is seen."""
     found = imports(module, MODULES[module], source)
     assert any(climbs(module, other) for other in found if other in MODULES) is climbing
+
+
+def test_the_picture_is_the_ladder():
+    """Every room is drawn, and every arrow of the picture descends."""
+    page = (ROOT / 'docs' / 'architecture.md').read_text()
+    picture = re.search(r'```mermaid\n(.*?)```', page, re.DOTALL)[1]
+    arrows = [
+        (above, below)
+        for above, several in re.findall(r'(\w+)(?:\[".*?"\])? --> (.+)', picture)
+        for below in several.split(' & ')
+    ]
+    drawn = {name for arrow in arrows for name in arrow}
+    assert drawn == set(FLOORS) - {'__init__', 'version'} | {'tools'}
+    floors = {**FLOORS, 'tools': -1}
+    assert [arrow for arrow in arrows if floors[arrow[0]] >= floors[arrow[1]]] == []
+    files = set(re.findall(r'`((?:\w+/)+\w+\.(?:py|sh|yml))`', page))
+    places = (ROOT, PACKAGE, PACKAGE / 'ops')
+    assert len(files) > 20
+    assert [f for f in files if not any((p / f).is_file() for p in places)] == []
