@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+import speed
+
 # This process's kernels run in Triton's interpreter, on CPU tensors, with a GPU
 # or without. Triton's own functions ask the environment when it is imported;
 # programs that tests start must not find it there.
@@ -16,9 +18,18 @@ except ImportError:  # not every PyTorch has it
     pass
 else:
     triton.knobs.runtime.interpret = True
+    speed.quick_interpreter()
 del os.environ['TRITON_INTERPRET']
+speed.quick_configs()
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_collection_modifyitems(items):
+    """Files with slow tests first: what comes last is short, so that workers
+    end together. The order within a file stays, for its fixtures."""
+    slow = {item.path for item in items if item.get_closest_marker('slow')}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.fixture(scope='session')

@@ -1,9 +1,9 @@
 """The scoped type resolves by itself; the bare name after an import."""
 
-import subprocess
-import sys
-
 import pytest
+
+from repo import run
+from warm_python import warm_python
 
 RESOLVE = """
 from mmengine.registry import init_default_scope
@@ -18,6 +18,7 @@ print('built by', type(model).__module__, 'and', found.__module__)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('prefix, imported', [('convnext_mm.', False), ('', True)])
 @pytest.mark.parametrize('scope', ['mmdet', 'mmseg', 'mmengine'])
 def test_type_resolves(scope, prefix, imported):
@@ -27,15 +28,13 @@ def test_type_resolves(scope, prefix, imported):
         type=prefix + 'ConvNeXt',
         constructor=prefix + 'LayerDecayOptimWrapperConstructor',
     )
-    done = subprocess.run(
-        [sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True
-    )
     assert (
         'built by convnext_mm.models.convnext and '
-        'convnext_mm.engine.optimizers.layer_decay' in done.stdout
-    ), done.stdout + done.stderr
+        'convnext_mm.engine.optimizers.layer_decay'
+    ) in run(warm_python(), '-c', code)
 
 
+@pytest.mark.slow
 def test_a_class_of_the_same_bare_name_is_kept():
     code = (
         'from mmengine.registry import MODELS\n'
@@ -46,15 +45,10 @@ def test_a_class_of_the_same_bare_name_is_kept():
         '      MODELS.get("convnext_mm.ConvNeXt") is '
         'convnext_mm.ConvNeXt)'
     )
-    done = subprocess.run(
-        [sys.executable, '-W', 'ignore', '-c', code],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert done.stdout.strip().endswith('True True'), done.stdout
+    assert run(warm_python(), '-c', code).strip().endswith('True True')
 
 
+@pytest.mark.slow
 def test_what_recipes_name_resolves_with_nothing_imported():
     pytest.importorskip('mmdet')
     code = """
@@ -65,13 +59,8 @@ print(type(MODELS.build(dict(
     type='convnext_mm.SingleRoIExtractor', out_channels=1, featmap_strides=[4],
     roi_layer=dict(type='RoIAlign', output_size=7)))).__module__)
 """
-    done = subprocess.run(
-        [sys.executable, '-W', 'ignore', '-c', code],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    found = [w for w in done.stdout.split() if w.startswith('convnext_mm.')]
+    said = run(warm_python(), '-c', code)
+    found = [w for w in said.split() if w.startswith('convnext_mm.')]
     assert found == [
         'convnext_mm.engine.optimizers.amp',
         'convnext_mm.engine.hooks.profile_hook',

@@ -13,6 +13,7 @@ allocates and owns.
 """
 
 import argparse
+import dataclasses
 import shlex
 import sys
 from collections.abc import Callable
@@ -41,7 +42,6 @@ def parse_args(argv=None) -> argparse.Namespace:
         '--mode',
         nargs='+',
         choices=[*BACKBONE_MODES, *MODEL_MODES],
-        default=BACKBONE_MODES,
         help="default: infer train memory, of the backbone; 'detector': a\n"
         "train step of Mask R-CNN, 'segmentor': of UPerNet, one at a time",
     )
@@ -49,18 +49,16 @@ def parse_args(argv=None) -> argparse.Namespace:
         '--dtype',
         nargs='+',
         choices=DTYPES,
-        default=(),
         help="default: fp32 amp bf16; whole models: fp32. 'amp': bf16\n"
         "autocast of fp32 weights, 'amp-fp16': fp16's; whole models take\n"
         "these and 'fp32'",
     )
-    parser.add_argument('--arch', choices=ARCHS, default='tiny')
-    parser.add_argument('--batch', type=int, default=2)
+    parser.add_argument('--arch', choices=ARCHS)
+    parser.add_argument('--batch', type=int)
     parser.add_argument(
         '--size',
         type=int,
         nargs=2,
-        default=(),
         metavar=('H', 'W'),
         help='default: 256 256; detector: 800 1344; segmentor: 512 512',
     )
@@ -75,14 +73,12 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser.add_argument(
         '--compile',
         nargs='+',
-        default=[],
         metavar='NETWORK',
         choices=[*PEERS, *OURS],
         help='networks to add compiled for fixed shapes',
     )
     parser.add_argument(
         '--compile-backend',
-        default='inductor',
         metavar='NAME',
         help="of torch.compile; 'aot_eager' traces and generates no code",
     )
@@ -90,24 +86,25 @@ def parse_args(argv=None) -> argparse.Namespace:
         '--fit-gib',
         nargs='+',
         type=float,
-        default=[],
         metavar='GIB',
         help='whole models: find the largest batch that trains with so much\n'
         'GPU memory',
     )
-    parser.add_argument('--rounds', type=int, default=5)
+    parser.add_argument('--rounds', type=int)
     parser.add_argument(
-        '--warmup', type=int, default=-1, help='rounds before (default: 1; on a GPU 3)'
+        '--warmup', type=int, help='rounds before (default: 1; on a GPU 3)'
     )
-    parser.add_argument('--device', choices=['cpu', 'cuda'], default='cpu')
+    parser.add_argument('--device', choices=['cpu', 'cuda'])
     parser.add_argument(
         '--clock',
         choices=['wall', 'cpu'],
-        default='wall',
         help='cpu: time spent computing, for one thread on a busy machine',
     )
-    parser.add_argument('--threads', type=int, default=1)
+    parser.add_argument('--threads', type=int)
     parser.add_argument('--out', required=True, type=Path, metavar='FILE.json')
+    parser.set_defaults(
+        **{field.name: field.default for field in dataclasses.fields(Settings)}
+    )
     return parser.parse_args(argv)
 
 

@@ -1,1 +1,1 @@
-"""What measures networks, machines and runs, and draws the results."""
+"""What measures networks and machines."""

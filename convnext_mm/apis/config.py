@@ -47,6 +47,7 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
         '--local_rank',
         '--local-rank',
         action=_SetLocalRank,
+        type=int,
         default=argparse.SUPPRESS,
         help=argparse.SUPPRESS,
     )
@@ -55,7 +56,7 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
 class _SetLocalRank(argparse.Action):
     def __call__(self, *args: Any) -> None:
         _, _, value, _ = args
-        os.environ.setdefault('LOCAL_RANK', value)
+        os.environ.setdefault('LOCAL_RANK', str(value))
 
 
 def load_config(

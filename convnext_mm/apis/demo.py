@@ -7,9 +7,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import mmcv
 import torch
+from matplotlib.figure import Figure
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
 from mmengine.runner import Runner
@@ -17,12 +17,9 @@ from rich.console import Console
 from rich.table import Table
 
 from convnext_mm.datasets.data_paths import check_data
-from convnext_mm.engine.launch import build_runner, fit_to_device
+from convnext_mm.engine.launch import build_runner, fit_to_device, process_group
 
 from .config import load_config
-
-matplotlib.use('Agg')
-import matplotlib.pyplot as plt
 
 NUM_PICTURES = 8
 NEXT_STEPS = {
@@ -69,10 +66,8 @@ def run_demo(config: str, goals: dict[str, float], **options: Any) -> bool:
     draw_data(Path(cfg.data_root))
     fit_to_device(cfg)
     check_data(cfg, ['train_dataloader', 'val_dataloader'])
-    runner = build_runner(cfg)
-    runner.train()
-    draw_pictures(runner, Path(cfg.work_dir) / 'pictures')
-    training, evaluations = read_log(runner)
+    with process_group(cfg):
+        training, evaluations = _train_and_draw(cfg)
     metrics = last_metrics(evaluations, cfg.default_scope)
     plot_curves(
         training,
@@ -82,6 +77,13 @@ def run_demo(config: str, goals: dict[str, float], **options: Any) -> bool:
         Path(cfg.work_dir) / 'curves.png',
     )
     return report(metrics, goals, cfg, (time.time() - start) / 60)
+
+
+def _train_and_draw(cfg: Config) -> tuple[list[dict], list[dict]]:
+    runner = build_runner(cfg)
+    runner.train()
+    draw_pictures(runner, Path(cfg.work_dir) / 'pictures')
+    return read_log(runner)
 
 
 def draw_data(root: Path) -> None:
@@ -119,7 +121,8 @@ def plot_curves(
     scope: str,
     path: Path,
 ) -> None:
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4))
+    figure = Figure(figsize=(10, 4), layout='tight')
+    left, right = figure.subplots(1, 2)
     for name in sorted(n for n in training[0] if 'loss' in n):
         left.plot(
             [r['step'] for r in training],
@@ -138,9 +141,7 @@ def plot_curves(
         )
     right.set(title='Held-out images', xlabel='iteration', ylim=(0, 1))
     right.legend()
-    figure.tight_layout()
     figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 @torch.no_grad()
@@ -159,15 +160,14 @@ def draw_pictures(runner: Runner, folder: Path) -> None:
         )
         pictures.append(mmcv.imread(path, channel_order='rgb'))
     rows = (len(pictures) + 1) // 2
-    figure, axes = plt.subplots(rows, 2, figsize=(8, 2 * rows), squeeze=False)
+    figure = Figure(figsize=(8, 2 * rows), layout='tight')
+    axes = figure.subplots(rows, 2, squeeze=False)
     for axis in axes.flat:
         axis.axis('off')
     for axis, picture in zip(axes.flat, pictures):
         axis.imshow(picture)
     figure.suptitle('Ground truth (left) and predictions (right), held-out')
-    figure.tight_layout()
     figure.savefig(folder.parent / 'overview.png', dpi=120)
-    plt.close(figure)
 
 
 def report(

@@ -9,7 +9,7 @@ from mmengine.config import Config, ConfigDict
 
 from .data_check import DataError, leaf_configs
 
-# Where users get the data of a dataset type, or None: it is their own.
+# Where users get the data of a dataset type.
 DATA_SOURCES = {
     'CocoDataset': 'COCO 2017 is at https://cocodataset.org/#download: unpack '
     'train2017, val2017 and annotations into data/coco',

@@ -91,12 +91,15 @@ def process_group(cfg: Config) -> Iterator[None]:
     only without any holder does gloo end its threads, and a thread that lets go
     of a tensor while Python shuts down aborts the process.
     """
-    if cfg.launcher == 'pytorch' and get_device() == 'cpu':
-        # MMEngine's start of a process group selects a CUDA device.
-        torch.distributed.init_process_group('gloo')
+    if cfg.launcher == 'pytorch':
+        # A job of one process on each machine may set RANK alone.
+        os.environ.setdefault('LOCAL_RANK', '0')
+        if get_device() == 'cpu':
+            # MMEngine's start of a process group selects a CUDA device.
+            torch.distributed.init_process_group('gloo')
     yield
     # Not after an error: the other processes may wait in a collective.
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if cfg.launcher != 'none' and torch.distributed.is_initialized():
         gc.collect()
         torch.distributed.destroy_process_group()
 

@@ -43,9 +43,9 @@ def select_impl(impl: str, x: Tensor) -> Implementation:
         ValueError: ``CONVNEXT_MM_IMPL`` or ``impl`` is no known name.
         RuntimeError: ``'triton'`` is asked for where it cannot run.
     """
-    source = 'impl'
-    if os.environ.get(IMPL_VARIABLE):
-        source, impl = IMPL_VARIABLE, os.environ[IMPL_VARIABLE]
+    source, override = 'impl', _override()
+    if override:
+        source, impl = IMPL_VARIABLE, override
     if impl not in IMPL_NAMES:
         raise ValueError(f'unknown {source} {impl!r}; one of {IMPL_NAMES}')
     name = _best(x) if impl == 'auto' else impl
@@ -59,6 +59,11 @@ def select_impl(impl: str, x: Tensor) -> Implementation:
     if not torch.compiler.is_compiling():
         _log_choice(source, impl, name, x.device.type)
     return IMPLEMENTATIONS[name]
+
+
+@torch.compiler.assume_constant_result
+def _override() -> str | None:
+    return os.environ.get(IMPL_VARIABLE)
 
 
 def _best(x: Tensor) -> str:
@@ -182,19 +187,23 @@ class Block(nn.Module):
         self._run_deployed = deploy.DeployedBlock()
 
     def _weights(self) -> BlockWeights:
-        assert self.dwconv.bias is not None
+        # Each once: a module looks its attributes up slowly.
+        dwconv, norm, grn = self.dwconv, self.norm, self.grn
+        pwconv1, pwconv2 = self.pwconv1, self.pwconv2
+        dwconv_bias = dwconv.bias
+        assert dwconv_bias is not None
         return BlockWeights(
-            dwconv_weight=self.dwconv.weight,
-            dwconv_bias=self.dwconv.bias,
-            norm_weight=self.norm.weight,
-            norm_bias=self.norm.bias,
-            pwconv1_weight=self.pwconv1.weight,
-            pwconv1_bias=self.pwconv1.bias,
-            pwconv2_weight=self.pwconv2.weight,
-            pwconv2_bias=self.pwconv2.bias,
+            dwconv_weight=dwconv.weight,
+            dwconv_bias=dwconv_bias,
+            norm_weight=norm.weight,
+            norm_bias=norm.bias,
+            pwconv1_weight=pwconv1.weight,
+            pwconv1_bias=pwconv1.bias,
+            pwconv2_weight=pwconv2.weight,
+            pwconv2_bias=pwconv2.bias,
             gamma=self.gamma,
-            grn_gamma=None if self.grn is None else self.grn.gamma,
-            grn_beta=None if self.grn is None else self.grn.beta,
+            grn_gamma=None if grn is None else grn.gamma,
+            grn_beta=None if grn is None else grn.beta,
         )
 
     def _run(self, x: Tensor, drop_scale: Tensor | None) -> Tensor:

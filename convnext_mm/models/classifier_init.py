@@ -49,4 +49,5 @@ class ReleasedClassifierInit:
                         "start it anew with init_cfg=dict(type='TruncNormal', "
                         "layer='Linear', std=2e-5)"
                     )
-            fill(params, {name: tensors[f'head.{name}'] for name in params})
+            heads = {f'head.{name}': param for name, param in params.items()}
+            fill(heads, {name: tensors[name] for name in heads})

@@ -50,8 +50,9 @@ class ConvNeXt(AnyFamily, BaseModule):
     gradient. Names in the state dict are those of the paper's released code.
 
     Args:
-        arch: A name in :data:`ARCHS`, or ``dict(depths=[...], channels=[...])``
-            with four stages (``dims`` is accepted for ``channels``).
+        arch: A name in :data:`convnext_mm.archs.ARCHS`, or
+            ``dict(depths=[...], channels=[...])`` with four stages (``dims`` is
+            accepted for ``channels``).
         in_channels: Channels of the input image.
         stem_patch_size: Kernel and stride of the stem.
         kernel_size: Of the depthwise convolutions, odd.

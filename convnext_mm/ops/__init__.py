@@ -1,5 +1,6 @@
-"""The arithmetic of a ConvNeXt block, one module per implementation.
+"""The arithmetic of a ConvNeXt block.
 
-Every implementation is a function with the signature of
-:func:`convnext_mm.ops.eager.block`, which is the definition of correct.
+Every implementation (:mod:`.eager`, :mod:`.lean`, :mod:`.triton`) has a function
+with the signature of :func:`convnext_mm.ops.eager.block`, which is the definition
+of correct.
 """

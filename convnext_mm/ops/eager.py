@@ -61,11 +61,12 @@ def block(
     """
     w = weights
     channels, _, kernel_size, _ = w.dwconv_weight.shape
+    padding = dilation * (kernel_size // 2)
     y = F.conv2d(
         x,
         w.dwconv_weight,
         w.dwconv_bias,
-        padding=dilation * (kernel_size // 2),
+        padding=(padding, padding),  # PyTorch 2.4 traces no single number
         dilation=dilation,
         groups=channels,
     )

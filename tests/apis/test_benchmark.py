@@ -14,7 +14,7 @@ import plot_benchmark
 from convnext_mm import ConvNeXt
 from convnext_mm.analysis.floor import Rates, backbone_cost
 from convnext_mm.analysis.meter import Meter, Step
-from convnext_mm.apis.benchmark import Settings, bench, capacity, networks, plot
+from convnext_mm.apis.benchmark import Settings, bench, capacity, models, networks, plot
 from repo import ROOT
 
 SMALL = ['--arch', 'atto', '--size', '64', '64', '--rounds', '2']
@@ -39,6 +39,20 @@ def num_parameters():
     return sum(p.numel() for p in ConvNeXt('atto').parameters())
 
 
+@pytest.fixture
+def small_heads(monkeypatch, tmp_path):
+    """The configs of whole models, with heads that a CPU runs in seconds."""
+    few = 'rpn_proposal=dict(max_per_img=50), rcnn=dict(sampler=dict(num=16))'
+    for task, model in dict(
+        detector=f'train_cfg=dict({few})',
+        segmentor='decode_head=dict(channels=32), auxiliary_head=dict(channels=32)',
+    ).items():
+        path = tmp_path / f'small_{task}.py'
+        base = str(ROOT / models.CONFIGS[task])
+        path.write_text(f'_base_ = {base!r}\nmodel = dict({model})\n')
+        monkeypatch.setitem(models.CONFIGS, task, path)
+
+
 def run(path, *arguments):
     benchmark.main([*SMALL, '--out', str(path), *arguments])
     return json.loads(path.read_text())
@@ -51,6 +65,7 @@ def refusal(capsys, *arguments):
     return capsys.readouterr().err + str(caught.value)
 
 
+@pytest.mark.slow
 def test_results_and_plot(tmp_path):
     path = tmp_path / 'result.json'
     result = run(
@@ -128,6 +143,7 @@ def test_the_slower_limit_is_the_floor(monkeypatch):
     assert rates.floor_ms(7.9e12, 11e9, torch.bfloat16) == pytest.approx(10)
 
 
+@pytest.mark.slow
 def test_rates_are_of_this_machine():
     rates = Rates('cpu', Meter('cpu').now)
     assert 1e8 < rates.matrix(torch.float32) < 1e14
@@ -233,6 +249,7 @@ def test_different_networks_of_ours_are_refused(monkeypatch, tmp_path):
         run(tmp_path / 'result.json', '--networks', 'lean')
 
 
+@pytest.mark.slow
 def test_compiled_networks_take_part(tmp_path):
     pytest.importorskip('timm')
     result = run(
@@ -253,6 +270,7 @@ def test_compiled_networks_take_part(tmp_path):
     assert [r['network'] for r in result['rows']] == ['timm', 'lean', 'timm compiled']
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('fault', ['raises', 'is wrong'])
 def test_a_network_that_does_not_compile_is_named(tmp_path, monkeypatch, fault):
 
@@ -287,8 +305,9 @@ def test_a_network_that_does_not_compile_is_named(tmp_path, monkeypatch, fault):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('task', ['detector', 'segmentor'])
-def test_whole_models(task, tmp_path):
+def test_whole_models(task, tmp_path, small_heads):
     for package in ('mmcv.ops', 'mmdet', 'mmseg', 'mmpretrain'):
         pytest.importorskip(package)
     path = tmp_path / 'result.json'
@@ -307,7 +326,8 @@ def test_whole_models(task, tmp_path):
     assert (tmp_path / 'plot.png').stat().st_size > 5_000
 
 
-def test_both_backbones_give_the_same_loss():
+@pytest.mark.slow
+def test_both_backbones_give_the_same_loss(small_heads):
     for package in ('mmseg', 'mmpretrain'):
         pytest.importorskip(package)
     from convnext_mm.apis.benchmark.models import Training
@@ -345,6 +365,7 @@ def test_largest_batch(most, guess):
     assert len(tried) <= abs(most - max(guess, 1)) + 2
 
 
+@pytest.mark.slow
 def test_largest_batch_for_a_memory(monkeypatch):
     """A GPU of 141 GiB on which a model takes 2 GiB and 3 GiB an image, and
     the driver 1 GiB: 24 GiB are enough for 7 images."""
@@ -414,7 +435,7 @@ def test_plot_of_memory_and_batches(tmp_path):
         mode='detector',
         dtype='amp',
         median_ms=3.0,
-        quartiles_ms=[2.0, 4.0],
+        times_ms=[2.0, 3.0, 4.0],
         floor_ms=1.0,
         peak_bytes=3 * 2**20,
         largest_batch={'24': 11},

@@ -61,6 +61,7 @@ def checkpoint(tmp_path):
     return str(path)
 
 
+@pytest.mark.slow
 def test_missing_checkpoints(checkpoint):
     for path, reason in (
         ('none.pth', 'no such file'),

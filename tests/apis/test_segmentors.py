@@ -90,7 +90,7 @@ def test_real_images(config, folder, iterations, falls_to, shared_dir, tmp_path)
 def test_demo_shows_and_judges(tmp_path):
     """A few iterations: everything is drawn, and the figures are missed."""
     data = tmp_path / 'shapes'
-    write_shapes(data, num_train=8, num_val=4, size=192)
+    write_shapes(data, num_train=8, num_val=4, size=96)
     said = tool(
         'demo',
         SHAPES,

@@ -102,6 +102,7 @@ def test_detector_settings_are_used(prepare):
     assert len(cfg.test_dataloader.dataset.pipeline) == 1
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_prediction_is_the_published_average(prepare, shared_dir):
     """A real image: softmax scores averaged over 6 scales x 2 flips."""

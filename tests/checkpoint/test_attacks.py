@@ -89,6 +89,7 @@ def selection(door: str, source: Source, group: str) -> list[tuple[str, bytes]]:
     return files[list(doors.DOORS).index(door) % STRIDE :: STRIDE] or files[:1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('door', doors.DOORS)
 def test_attacks(door, server, record):
     source = server.sources[doors.DOORS[door].model]
@@ -113,6 +114,7 @@ def test_attacks(door, server, record):
     assert not faults, '\n'.join(faults)
 
 
+@pytest.mark.slow
 def test_at_least_500_attacks(server):
     assert (
         sum(1 for make in GROUPS.values() for _ in make(server.sources['backbone']))
@@ -120,6 +122,7 @@ def test_at_least_500_attacks(server):
     )
 
 
+@pytest.mark.slow
 def test_mutated_files(server, record):
     """Random changes of valid files. Those of numbers in a format without
     checksums, and names exchanged for one another, cannot be seen."""

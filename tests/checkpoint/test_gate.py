@@ -524,6 +524,7 @@ def with_orders(world, tmp_path, flat=False):
     return tmp_path / 'orders.pth'
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('mode', ['load', 'resume'])
 def test_stock_runner(mode, world, tmp_path, evil, canary):
     """With no import but MMEngine's of a type in the config."""
@@ -535,6 +536,7 @@ def test_stock_runner(mode, world, tmp_path, evil, canary):
         assert not canary.exists()
 
 
+@pytest.mark.slow
 def test_stock_inferencers(world, tmp_path, evil, canary):
     configs = world / 'detector.py', world / 'importing.py'
     assert run_alone(INFER, *configs, evil) == 2 * ['UnsafeCheckpointError'] + [
@@ -549,6 +551,7 @@ def test_stock_inferencers(world, tmp_path, evil, canary):
     assert not canary.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('mode', ['nested', 'flat'])
 def test_the_orders_would_act(mode, world, tmp_path, canary):
     """The control: MMEngine alone runs them, and deletes what they name."""
@@ -569,6 +572,7 @@ runner""".replace('\n', '\n    '),
     assert canary.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind', ['file', 'folder'])
 def test_paths_in_a_checkpoint_are_not_deleted(kind, world, tmp_path):
     run = torch.load(world / 'checkpoints.pth', weights_only=False)['detector']
@@ -587,6 +591,7 @@ def test_paths_in_a_checkpoint_are_not_deleted(kind, world, tmp_path):
     assert (victim / 'file').exists()
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_is_replaced_after_a_resume(world, tmp_path):
     """Found in the work folder; later ones and others' stay."""
     run = torch.load(world / 'checkpoints.pth', weights_only=False)['detector']
@@ -667,6 +672,7 @@ def test_tools_say_what_a_path_is(tool, world, tmp_path, capsys):
         assert reason in message and '\n' not in message
 
 
+@pytest.mark.slow
 def test_resume_of_weights_says_so(world, tmp_path):
     content = torch.load(world / 'checkpoints.pth', weights_only=False)
     torch.save(dict(state_dict=content['detector']['state_dict']), tmp_path / 'a.pth')
@@ -676,6 +682,7 @@ def test_resume_of_weights_says_so(world, tmp_path):
     assert last.startswith('error: ') and 'leave out --resume' in last
 
 
+@pytest.mark.slow
 def test_names_that_are_no_unicode(tmp_path, weights):
     path = os.fsencode(tmp_path) + b'/caf\xe9.pth'
     with open(path, 'wb') as file:
@@ -686,6 +693,7 @@ def test_names_that_are_no_unicode(tmp_path, weights):
     assert result.returncode == 0 and 'caf\\udce9' in result.stdout
 
 
+@pytest.mark.slow
 def test_convert_to_safetensors_of_tensors_that_share_memory(tmp_path, weights):
     flat = torch.cat([t.flatten() for t in weights.values()])
     parts = flat.split([t.numel() for t in weights.values()])
@@ -700,6 +708,7 @@ def test_convert_to_safetensors_of_tensors_that_share_memory(tmp_path, weights):
         assert all(torch.equal(state[key], views[key]) for key in views)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('suffix', ['pth', 'safetensors'])
 def test_convert_to_a_full_disk(suffix, tmp_path, weights):
     torch.save(weights, tmp_path / 'a.pth')
@@ -720,6 +729,7 @@ def test_convert_to_a_full_disk(suffix, tmp_path, weights):
     assert [path.name for path in tmp_path.iterdir()] == ['a.pth']
 
 
+@pytest.mark.slow
 def test_configs_of_ours_import_the_gate():
     """Inferencers read weights before they build what would import it."""
     paths = [

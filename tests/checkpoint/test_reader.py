@@ -30,6 +30,7 @@ def canary(tmp_path, monkeypatch):
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('group', attacks.HOSTILE)
 def test_messages_name_the_file(group, weights, tmp_path, canary):
     path = tmp_path / 'hostile.pth'

@@ -667,6 +667,7 @@ def run_two(script, folder, *args):
     ).stdout
 
 
+@pytest.mark.slow
 def test_one_process_downloads(server, content, weights, tmp_path):
     server.files['/model.pth'] = content
     output = run_two(
@@ -704,6 +705,7 @@ for culprit in (0, 1):
 """
 
 
+@pytest.mark.slow
 def test_every_failure_reaches_the_others(tmp_path):
     output = run_two(FAILING_WORKER, tmp_path, str(tmp_path))
     text = (

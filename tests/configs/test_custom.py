@@ -1,8 +1,6 @@
 """configs/custom: every example is built, trained one step and run once."""
 
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -15,7 +13,7 @@ from mmengine.structures import PixelData
 from convnext_mm import ConvNeXt
 from convnext_mm.datasets import write_shapes
 from convnext_mm.engine.launch import fit_to_device
-from repo import ROOT
+from repo import ROOT, tool
 
 pytest.importorskip('mmdet')
 pytest.importorskip('mmseg')
@@ -29,6 +27,12 @@ MASK2FORMER = {
     'pixel_decoder.encoder.num_layers': 1,
     'transformer_decoder.num_layers': 1,
 }
+FEW_PROPOSALS = {
+    'train_cfg.rpn_proposal.max_per_img': 50,
+    'train_cfg.rcnn.sampler.num': 32,
+    'test_cfg.rpn.max_per_img': 50,
+}
+SIZE = (64, 64)  # of images for segmentors, whose 150 logits are as large
 # What makes the model small: settings below `model`.
 SMALL = {
     'atss_convnext-t_fpn_1x_coco.py': {},
@@ -37,7 +41,7 @@ SMALL = {
         'auxiliary_head.channels': 32,
     },
     'dino-4scale_convnext-t_8xb2-12e_coco.py': DETR,
-    'faster-rcnn_convnext-t_fpn_1x_coco.py': {},
+    'faster-rcnn_convnext-t_fpn_1x_coco.py': FEW_PROPOSALS,
     'fcos_convnext-t_fpn_gn-head_1x_coco.py': {},
     'fpn_convnext-t_4xb4-160k_ade20k-512x512.py': {},
     'mask2former_convnext-t_8xb2-160k_ade20k-512x512.py': {
@@ -48,7 +52,7 @@ SMALL = {
         'test_cfg.max_per_image': 10,
         **{f'panoptic_head.{k}': v for k, v in MASK2FORMER.items()},
     },
-    'ms-rcnn_convnext-t_fpn_1x_coco.py': {},
+    'ms-rcnn_convnext-t_fpn_1x_coco.py': FEW_PROPOSALS,
     'retinanet_convnext-t_fpn_1x_coco.py': {},
     'segformer_convnext-t_8xb2-160k_ade20k-512x512.py': {},
 }
@@ -76,6 +80,8 @@ def load_small(name, **backbone):
     swap_channels(cfg.model)
     cfg.model.backbone.update(arch=ARCH, init_cfg=None, **backbone)
     cfg.merge_from_dict({f'model.{k}': v for k, v in SMALL[name].items()})
+    if cfg.default_scope == 'mmseg':
+        cfg.model.data_preprocessor.size = SIZE  # it pads to that
     cfg.launcher = 'none'
     fit_to_device(cfg, 'cpu')
     return cfg
@@ -92,7 +98,7 @@ def build(cfg):
 
 
 def inputs_for(cfg):
-    """Two 128-pixel images with annotations, as a loader gives them."""
+    """Two images with annotations, as a loader gives them."""
     if cfg.default_scope == 'mmdet':
         from mmdet.testing import demo_mm_inputs
 
@@ -104,17 +110,15 @@ def inputs_for(cfg):
     generator = torch.Generator().manual_seed(0)
     samples = []
     for _ in range(2):
-        labels = torch.randint(0, 6, (1, 128, 128), generator=generator)
+        labels = torch.randint(0, 6, (1, *SIZE), generator=generator)
         samples.append(
             SegDataSample(
                 gt_sem_seg=PixelData(data=labels),
-                metainfo=dict(
-                    img_shape=(128, 128), ori_shape=(128, 128), pad_shape=(128, 128)
-                ),
+                metainfo=dict(img_shape=SIZE, ori_shape=SIZE, pad_shape=SIZE),
             )
         )
     images = [
-        torch.randint(0, 255, (3, 128, 128), dtype=torch.uint8, generator=generator)
+        torch.randint(0, 255, (3, *SIZE), dtype=torch.uint8, generator=generator)
         for _ in range(2)
     ]
     return dict(inputs=images, data_samples=samples)
@@ -141,7 +145,7 @@ def train_and_run(cfg):
     if cfg.default_scope == 'mmdet':
         assert len(results[0].pred_instances.scores) >= 0
     else:
-        assert results[0].pred_sem_seg.data.shape == (1, 128, 128)
+        assert results[0].pred_sem_seg.data.shape == (1, *SIZE)
     return results
 
 
@@ -201,6 +205,7 @@ OWN_DATA_OPTIONS = {
         'train_dataloader.dataset.pipeline.3.transforms.1.1.crop_size=(48,64)',
         'train_dataloader.dataset.pipeline.3.transforms.1.2.scales=[(64,128)]',
         'val_dataloader.dataset.pipeline.1.scale=(96,96)',
+        *(f'model.{k}={v}' for k, v in FEW_PROPOSALS.items()),
     ),
     OWN_DATA[1]: (
         'img_suffix=.png',
@@ -224,20 +229,15 @@ OWN_DATA_OPTIONS = {
 @pytest.mark.slow
 @pytest.mark.parametrize('name', OWN_DATA)
 def test_own_data(name, shapes, tmp_path):
-    subprocess.run(
-        [
-            sys.executable,
-            'tools/train.py',
-            f'configs/custom/{name}',
-            '--data-root',
-            shapes,
-            '--work-dir',
-            tmp_path,
-            '--cfg-options',
-            *QUICK,
-            *OWN_DATA_OPTIONS[name],
-        ],
-        cwd=ROOT,
-        check=True,
+    tool(
+        'train',
+        f'configs/custom/{name}',
+        '--data-root',
+        shapes,
+        '--work-dir',
+        tmp_path,
+        '--cfg-options',
+        *QUICK,
+        *OWN_DATA_OPTIONS[name],
     )
     assert list(tmp_path.glob('best_*.pth'))

@@ -95,6 +95,7 @@ def test_missing_paths(config, missing, data):
     assert 'does not exist' in train(config, data)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('split', ['training', 'validation'])
 @pytest.mark.parametrize('config', [DETECTOR, SEGMENTOR])
 def test_image_that_is_missing(config, split, data):
@@ -111,6 +112,7 @@ def test_class_map_that_is_missing(data):
     assert str(path) in train(SEGMENTOR, data)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('content', [b'', b'no image', None])
 @pytest.mark.parametrize(
     'config, kind',
@@ -124,6 +126,7 @@ def test_unreadable_files(config, kind, content, data):
     assert 'replace it' in said
 
 
+@pytest.mark.slow
 def test_unreadable_image_outside_the_sample(data, monkeypatch):
     """Found when it is loaded, in a worker process too."""
     monkeypatch.setattr('convnext_mm.datasets.data_check.NUM_SAMPLES', 1)
@@ -133,6 +136,7 @@ def test_unreadable_image_outside_the_sample(data, monkeypatch):
     assert 'images/training/0000' in said and 'cannot be read' in said
 
 
+@pytest.mark.slow
 def test_classes_that_the_annotations_lack(data):
     path = data / 'annotations' / 'instances_training.json'
 
@@ -145,6 +149,7 @@ def test_classes_that_the_annotations_lack(data):
     assert 'metainfo' in said
 
 
+@pytest.mark.slow
 def test_class_order_differs_from_the_file(data):
     said = train(
         DETECTOR,
@@ -155,11 +160,13 @@ def test_class_order_differs_from_the_file(data):
     assert 'instances_training.json' in said and 'order' in said
 
 
+@pytest.mark.slow
 def test_classes_are_a_string(data):
     said = train(DETECTOR, data, 'train_dataloader.dataset.metainfo.classes=circle')
     assert "('circle', )" in said
 
 
+@pytest.mark.slow
 def test_some_classes_only(data, capsys):
     said = train(
         DETECTOR, data, "train_dataloader.dataset.metainfo.classes=('circle','square')"
@@ -168,6 +175,7 @@ def test_some_classes_only(data, capsys):
     assert 'num_classes=2' in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'config, head', [(DETECTOR, 'roi_head.mask_head'), (SEGMENTOR, 'auxiliary_head')]
 )
@@ -177,6 +185,7 @@ def test_head_of_another_class_count(config, head, data):
     assert 'circle' in said and 'num_classes=' in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('split', ['training', 'validation'])
 def test_label_above_the_class_count(split, data):
     path = data / 'annotations' / split / '00001.png'
@@ -189,6 +198,7 @@ def test_label_above_the_class_count(split, data):
     assert 'metainfo.classes' in said
 
 
+@pytest.mark.slow
 def test_label_outside_the_sample(data, monkeypatch):
     monkeypatch.setattr('convnext_mm.datasets.data_check.NUM_SAMPLES', 1)
     for name in ('00001.png', '00002.png'):
@@ -200,6 +210,7 @@ def test_label_outside_the_sample(data, monkeypatch):
     assert '[99]' in said and 'annotations/training/0000' in said
 
 
+@pytest.mark.slow
 def test_class_map_in_colour(data):
     path = data / 'annotations' / 'training' / '00000.png'
     cv2.imwrite(str(path), np.zeros((64, 64, 3), np.uint8) + 200)
@@ -219,6 +230,7 @@ def test_no_images_listed(data):
     assert str(path) in said and 'no images' in said
 
 
+@pytest.mark.slow
 def test_no_annotation_of_the_classes(data):
     path = data / 'annotations' / 'instances_training.json'
 
@@ -241,6 +253,7 @@ def test_empty_folder(data):
     assert '.JPG' in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'content, reason',
     [

@@ -73,6 +73,7 @@ def bf16_cpu(monkeypatch):
     monkeypatch.setattr(amp, 'has_bf16', lambda device: True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('clip', [None, dict(max_norm=0.5)])
 @pytest.mark.parametrize('scaled', [False, True])
 def test_fused_adamw_is_equal(model, clip, scaled):

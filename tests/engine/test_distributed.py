@@ -58,6 +58,7 @@ def worker(rank, port, cases):
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not torch.distributed.is_gloo_available(), reason='torch without gloo'
 )

@@ -3,13 +3,13 @@
 import gzip
 import json
 import re
-import sys
 
 import pytest
 
 from convnext_mm.datasets import write_shapes
 from convnext_mm.engine.hooks.profile_hook import StepProfilerHook
 from repo import FEW_ITERATIONS, SHAPES, free_port, run, tool
+from warm_python import warm_python
 
 SEGMENTOR = 'configs/demo/upernet_convnext-atto_shapes.py'
 
@@ -77,25 +77,18 @@ def test_segmentor_in_two_processes(shapes, tmp_path):
         *FEW_ITERATIONS,
         'model.data_preprocessor.size=(64,64)',
         port=free_port(),
+        python=warm_python(),
     )
     for rank in range(2):
         check_files(tmp_path / 'profile', rank, 1)
     assert said.count('Profiled 1 step(s)') == 1
 
 
+@pytest.mark.slow
 def test_too_few_steps_are_named(shapes, tmp_path):
     with pytest.raises(ValueError, match='at least 1, got 0'):
         StepProfilerHook(steps=0)
-    said = run(
-        sys.executable,
-        'tools/train.py',
-        SHAPES,
-        '--data-root',
-        shapes,
-        '--profile',
-        '0',
-        check=False,
-    )
+    said = tool('train', SHAPES, '--data-root', shapes, '--profile', '0', check=False)
     assert said.startswith('error: --profile takes a number of steps from 1')
 
     class ShortRun:

@@ -3,9 +3,7 @@
 import copy
 from functools import cache, lru_cache
 
-import pytest
 from mmengine.config import Config
-from mmengine.config import utils as config_utils
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import PARAM_SCHEDULERS, init_default_scope
 
@@ -18,16 +16,12 @@ RECIPES = sorted(
     for folder in FOLDERS
     for path in (ROOT / 'configs' / folder).glob('*.py')
 )
-load_yaml = lru_cache(maxsize=None)(config_utils.load)
 
 
 @cache
 def load(path: str) -> Config:
     """A config, to be read only."""
-    with pytest.MonkeyPatch.context() as patch:
-        # For each `mmdet::` MMEngine reads a hundred YAML files again.
-        patch.setattr(config_utils, 'load', load_yaml)
-        return Config.fromfile(ROOT / path)
+    return Config.fromfile(ROOT / path)
 
 
 @lru_cache(maxsize=2)

@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+from warm_python import warm_python
+
 ROOT = Path(__file__).resolve().parents[2]
 SHAPES = 'configs/demo/mask-rcnn_convnext-atto_shapes.py'
 COCO_TINY = 'configs/demo/mask-rcnn_convnext-atto_coco-tiny.py'
@@ -17,6 +19,7 @@ FEW_ITERATIONS = (
     'train_cfg.val_interval=3',
     'default_hooks.checkpoint.interval=3',
     'default_hooks.logger.interval=1',
+    'train_dataloader.batch_size=2',
     'train_dataloader.num_workers=0',
     'train_dataloader.persistent_workers=False',
     'val_dataloader.num_workers=0',
@@ -42,9 +45,16 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-def run(*command: object, port: int | None = None, check: bool = True) -> str:
-    """What a command prints."""
-    env = {**os.environ, 'PYTHON': sys.executable, 'PYTHONWARNINGS': 'ignore'}
+def run(
+    *command: object,
+    port: int | None = None,
+    check: bool = True,
+    python: str = sys.executable,
+) -> str:
+    """What a command prints. ``python`` is what scripts, and the launcher of
+    several processes, start."""
+    env = {**os.environ, 'PYTHON': python, 'PYTHONWARNINGS': 'ignore'}
+    env['PYTHON_EXEC'] = python
     # Threads that wait for each other crawl where others use the machine.
     env['OMP_NUM_THREADS'] = '1'
     if port:
@@ -62,8 +72,8 @@ def run(*command: object, port: int | None = None, check: bool = True) -> str:
 
 
 def tool(name: str, *arguments: object, **options) -> str:
-    """What a script below ``tools/`` prints."""
-    return run(sys.executable, f'tools/{name}.py', *arguments, **options)
+    """What a script below ``tools/`` prints, in a warm Python."""
+    return run(warm_python(), f'tools/{name}.py', *arguments, **options)
 
 
 def records(work_dir: Path) -> list[dict]:

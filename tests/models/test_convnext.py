@@ -3,17 +3,18 @@
 import copy
 import json
 import pickle
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 
+import repo
 from convnext_mm import ConvNeXt
+from convnext_mm.archs import ARCHS
 from convnext_mm.models.block import IMPL_NAMES, Block, Downsample
-from convnext_mm.models.convnext import ARCHS, LayerNorm2d
+from convnext_mm.models.convnext import LayerNorm2d
 from convnext_mm.ops.eager import grn
+from warm_python import warm_python
 
 SMALL = dict(depths=[1, 2, 3, 1], channels=[8, 16, 24, 32])
 # Classifiers' parameters in millions, 1000 classes: arXiv 2201.03545 (V1) and
@@ -41,6 +42,7 @@ def relative(value, reference):
     return ((value - reference).abs().max() / reference.abs().max()).item()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('size', ['even', 'odd'])
 @pytest.mark.parametrize('version', [1, 2])
 @pytest.mark.parametrize('with_cp', [False, True])
@@ -58,6 +60,7 @@ def test_golden_outputs_and_gradients(data_dir, version, size, with_cp, impl):
         assert relative(param.grad, arrays[f'{size}/grad/{name}']) < 1e-4, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('use_grn', [False, True])
 @pytest.mark.parametrize('arch', ARCHS)
 def test_arch(arch, use_grn):
@@ -372,16 +375,14 @@ def test_get_layer_depth():
     assert model.get_layer_depth('neck.conv.bias', 'backbone.') == (7, 8)
 
 
+@pytest.mark.slow
 def test_import_needs_no_head_library():
     code = (
         'import sys, convnext_mm, convnext_mm.models.convnext\n'
         'heads = {"mmcv", "mmdet", "mmseg", "mmpretrain"}\n'
         'print(heads & {m.split(".")[0] for m in sys.modules})'
     )
-    done = subprocess.run(
-        [sys.executable, '-c', code], capture_output=True, text=True, check=True
-    )
-    assert done.stdout.strip().endswith('set()'), done.stdout
+    assert repo.run(warm_python(), '-c', code).strip().endswith('set()')
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ RECIPES = {
     'cascade': recipe('cascade', 'convnext-t_'),
     'upernet': recipe('convnext-tiny_upernet'),
 }
+SIZE = (64, 64)  # of images for segmentors, whose 150 logits are as large
 
 
 def build(name, **backbone):
@@ -30,6 +31,7 @@ def build(name, **backbone):
     if name == 'upernet':  # what is drawn for it depends on the layout
         for head in (settings.decode_head, settings.auxiliary_head):
             head.dropout_ratio = 0
+        settings.data_preprocessor.size = SIZE  # it pads to that
     torch.manual_seed(0)
     model = revert_sync_batchnorm(MODELS.build(settings))
     model.init_weights()
@@ -37,7 +39,7 @@ def build(name, **backbone):
 
 
 def batch_for(cfg):
-    """Two 128-pixel images with annotations, as a loader gives them."""
+    """Two images with annotations, as a loader gives them."""
     if cfg.default_scope == 'mmdet':
         from mmdet.testing import demo_mm_inputs
 
@@ -48,18 +50,17 @@ def batch_for(cfg):
     from mmseg.structures import SegDataSample
 
     generator = torch.Generator().manual_seed(0)
-    size = (128, 128)
     return pseudo_collate(
         [
             dict(
                 inputs=torch.randint(
-                    255, (3, *size), dtype=torch.uint8, generator=generator
+                    255, (3, *SIZE), dtype=torch.uint8, generator=generator
                 ),
                 data_samples=SegDataSample(
                     gt_sem_seg=PixelData(
-                        data=torch.randint(150, (1, *size), generator=generator)
+                        data=torch.randint(150, (1, *SIZE), generator=generator)
                     ),
-                    metainfo=dict(img_shape=size, ori_shape=size),
+                    metainfo=dict(img_shape=SIZE, ori_shape=SIZE),
                 ),
             )
             for _ in range(2)
@@ -76,6 +77,7 @@ def losses_of(model, cfg):
     return {k: float(v.detach()) for k, v in log.items() if 'loss' in k}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', RECIPES)
 def test_layouts_give_equal_losses(name):
     """Ours hand channels-last maps over; only RoIAlign gets a copy."""
@@ -98,6 +100,7 @@ def test_necks_keep_the_layout(name):
     assert all(m.is_contiguous(memory_format=torch.channels_last) for m in maps)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', RECIPES)
 def test_a_step_in_bf16(name, monkeypatch):
     """As the recipe says, on a device with bfloat16: here the CPU."""

@@ -55,6 +55,7 @@ def test_block_equals_eager(impl, version, scale, dtype, dilation, samples, size
     assert_equals_eager(impl, values, drop_scale, dilation=dilation)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'channels', sorted({c for arch in ARCHS.values() for c in arch.channels})
 )
@@ -74,6 +75,7 @@ def test_block_of_other_kernels_and_layouts(impl, kernel):
     assert out.is_contiguous()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('impl', LEAN)
 @pytest.mark.parametrize('version, scale', [(1, 1.0), (1, 1e-6), (2, None)])
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
@@ -276,6 +278,7 @@ def saved_bytes(model, x, autocast):
     return sum(blocks.values())
 
 
+@pytest.mark.slow
 # Shares of eager, which stores less than the paper's code: 272 of its 305 MiB
 # in fp32 and 192 of 222 in bf16. Of the paper's code they are 0.48 and 0.30,
 # 0.35 and 0.20.
@@ -314,6 +317,7 @@ def test_hooks_see_all_that_is_kept(impl):
         assert all(map(torch.equal, got, expected))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('impl', LEAN)
 @pytest.mark.parametrize('autocast', [False, True])
 def test_compiles_with_fixed_shapes(impl, autocast):

@@ -45,6 +45,7 @@ def products(request, monkeypatch):
     return request.param
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'kernel, version, scale, dilation, samples, size',
     [
@@ -71,6 +72,7 @@ def test_block_of_channel_counts(channels):
     assert_equals_eager('triton', values, None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'channels', sorted({c for arch in ARCHS.values() for c in arch.channels})
 )
@@ -109,6 +111,7 @@ def test_kernels_of_every_channel_count(channels):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kernel, channels_last', [(1, True), (3, False), (11, True)])
 def test_block_of_other_kernels_and_layouts(kernel, channels_last):
     values, drop_scale = arguments(kernel=kernel, size=(6, 5))
@@ -119,6 +122,7 @@ def test_block_of_other_kernels_and_layouts(kernel, channels_last):
     assert out.is_contiguous() != channels_last
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('version, scale', [(1, 1.0), (1, 1e-6), (2, None)])
 @pytest.mark.parametrize(
     'dtype, pure',
@@ -154,6 +158,7 @@ def test_16_bit_is_as_accurate_as_eager(version, scale, dtype, pure, products):
         assert error(value, key) <= limit * error(plain[key], key), key
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('bad', [float('nan'), float('inf')])
 @pytest.mark.parametrize('version', [1, 2])
 def test_non_finite_inputs_stay_where_they_were(bad, version):
@@ -166,6 +171,7 @@ def test_non_finite_inputs_stay_where_they_were(bad, version):
     assert got['out'][0].isfinite().all() and got['out'][2].isfinite().all()
 
 
+@pytest.mark.slow
 def test_fp16_statistics_and_tiny_layer_scale():
     values, drop_scale = arguments(version=2)
     values['x'] = (1e3 * values['x']).detach().requires_grad_()
@@ -190,6 +196,7 @@ def test_grn_of_a_map_of_zeros():
     assert_equals_eager('triton', values, None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', NAMES)
 @pytest.mark.parametrize('alone', [True, False])
 def test_only_what_is_asked_for_gets_a_gradient(name, alone):
@@ -217,6 +224,7 @@ def test_unused_output_and_empty_batch():
         assert all(p.grad.eq(0).all() for p in block.parameters())
 
 
+@pytest.mark.slow
 def test_double_backward_is_refused():
     model = ConvNeXt(SMALL, impl='triton', kernel_size=3)
     x = torch.rand(1, 3, 32, 32, requires_grad=True)
@@ -225,6 +233,7 @@ def test_double_backward_is_refused():
         grad.sum().backward()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('settings', [{}, dict(use_grn=True), dict(out_indices=(1, 3))])
 @pytest.mark.parametrize('autocast', [None, torch.bfloat16])
 def test_backbone_equals_eager(settings, autocast):
@@ -256,6 +265,7 @@ def test_backbone_equals_eager(settings, autocast):
         assert ours**0.5 <= 3 * theirs**0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('version', [1, 2])
 def test_keeps_what_lean_keeps(version):
     """Bytes saved for backward of a block, through hooks that replace them by
@@ -287,6 +297,7 @@ def test_keeps_what_lean_keeps(version):
     assert saved['triton'] == saved['lean']
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('autocast', [False, True])
 def test_compiles_with_fixed_shapes(autocast):
     torch.manual_seed(0)
@@ -302,6 +313,7 @@ def test_compiles_with_fixed_shapes(autocast):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('version', [1, 2])
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
 def test_operators_are_registered_right(version, dtype):
@@ -399,6 +411,7 @@ def test_auto_takes_kernels_that_work(monkeypatch, caplog):
     assert block_module.select_impl('auto', OnGPU()).block is eager.block
 
 
+@pytest.mark.slow
 def test_self_check_finds_wrong_kernels(monkeypatch):
     triton_ops._works_on.cache_clear()
     assert triton_ops.works_on('cpu')
@@ -416,6 +429,7 @@ def test_self_check_finds_wrong_kernels(monkeypatch):
     triton_ops._works_on.cache_clear()
 
 
+@pytest.mark.slow
 def test_map_sizes_are_not_compiled_in():
     """Multi-scale training has another size at every step."""
     from convnext_mm.ops.triton import kernels as module
@@ -481,6 +495,7 @@ def test_choice_is_measured_once(monkeypatch):
         torch.use_deterministic_algorithms(False)
 
 
+@pytest.mark.slow
 def test_self_check_inside_a_checkpoint():
     """The hooks of a checkpoint must not see the check's tensors."""
     triton_ops._works_on.cache_clear()

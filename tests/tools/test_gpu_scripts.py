@@ -10,6 +10,7 @@ import zipfile
 import pytest
 
 from repo import ROOT
+from warm_python import warm_python
 
 
 def bash(*command, **environment):
@@ -193,7 +194,14 @@ def test_smoke_run_of_the_proof(tmp_path):
     for package in ('mmcv.ops', 'mmdet', 'mmseg', 'mmpretrain', 'timm'):
         pytest.importorskip(package)
     out = tmp_path / 'out'
-    result = bash('tools/maintenance/gpu_proof.sh', out, '--smoke', '--wheels', '')
+    result = bash(
+        'tools/maintenance/gpu_proof.sh',
+        out,
+        '--smoke',
+        '--wheels',
+        '',
+        PYTHON=warm_python(),
+    )
     assert result.returncode == 0, result.stdout
     summary = json.loads((out / 'summary.json').read_text())
     parts = [

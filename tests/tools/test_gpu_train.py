@@ -5,12 +5,12 @@ import math
 import os
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from repo import ROOT
+from warm_python import warm_python
 
 for package in ('mmdet', 'mmseg', 'mmpretrain'):
     pytest.importorskip(package)
@@ -18,7 +18,7 @@ import gpu_train  # noqa: E402
 
 
 def run(*arguments):
-    env = {**os.environ, 'PYTHON': sys.executable, 'OMP_NUM_THREADS': '1'}
+    env = {**os.environ, 'PYTHON': warm_python(), 'OMP_NUM_THREADS': '1'}
     return subprocess.run(
         ['bash', 'tools/maintenance/gpu_train.sh', *map(str, arguments)],
         cwd=ROOT,

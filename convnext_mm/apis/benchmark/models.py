@@ -24,6 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from convnext_mm.analysis.meter import Step, own_bytes
 from convnext_mm.archs import ARCHS
+from convnext_mm.engine.errors import ConfigError
 from convnext_mm.models.block import IMPL_VARIABLE
 from convnext_mm.models.layer_id import default_num_layers
 
@@ -112,9 +113,15 @@ def read_config(
         dtype: ``'fp32'``, ``'amp'`` (bf16 autocast) or ``'amp-fp16'``.
 
     Raises:
-        ValueError: fp16 on a CPU.
+        ConfigError: fp16 on a CPU, or there is no such config.
     """
-    cfg = Config.fromfile(ROOT / CONFIGS[task])
+    path = ROOT / CONFIGS[task]
+    if not path.is_file():
+        raise ConfigError(
+            f'{path} does not exist: whole models are measured from a checkout of '
+            'the repository, which holds the recipes'
+        )
+    cfg = Config.fromfile(path)
     init_default_scope(cfg.default_scope)
     set_arch(cfg, arch)
     cfg.model.backbone.pop('init_cfg', None)
@@ -127,7 +134,7 @@ def read_config(
         for key in ('dtype', 'loss_scale'):
             optim_wrapper.pop(key, None)
     elif device == 'cpu' and dtype == 'amp-fp16':
-        raise ValueError(
+        raise ConfigError(
             '--dtype amp-fp16 of a whole model needs --device '
             'cuda; a CPU takes amp (bf16) and fp32'
         )

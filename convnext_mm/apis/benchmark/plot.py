@@ -5,12 +5,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib
+from matplotlib.figure import Figure
+
+from convnext_mm.analysis.meter import summary
 
 from .networks import PEERS
-
-matplotlib.use('Agg')
-import matplotlib.pyplot as plt
 
 OURS_COLOUR, PEER_COLOUR, FLOOR_COLOUR = '#c2543d', '#8a94a6', '#333333'
 DTYPE_NAMES = {'amp': 'bf16 autocast', 'amp-fp16': 'fp16 autocast'}
@@ -32,7 +31,8 @@ def bars_of(row: dict) -> dict[str, Bar]:
     """The quantities that a row of a result holds, by the axis's label."""
     name, bars = row['network'], {}
     if 'median_ms' in row:
-        bars['ms'] = Bar(name, row['median_ms'], row['quartiles_ms'], row['floor_ms'])
+        quartiles = summary(row['times_ms'])['quartiles_ms']
+        bars['ms'] = Bar(name, row['median_ms'], quartiles, row['floor_ms'])
     if 'saved_bytes' in row:
         bars['MiB saved for backward'] = Bar(name, row['saved_bytes'] / 2**20)
     if 'peak_bytes' in row:
@@ -110,13 +110,10 @@ def plot(paths: Sequence[str], out: str) -> None:
         )
     columns = min(COLUMNS, len(panels))
     lines = -(-len(panels) // columns)
-    figure, axes = plt.subplots(
-        lines, columns, figsize=(4.6 * columns, 3.2 * lines), squeeze=False
-    )
+    figure = Figure(figsize=(4.6 * columns, 3.2 * lines), layout='tight')
+    axes = figure.subplots(lines, columns, squeeze=False)
     for axis in axes.flat[len(panels) :]:
         axis.remove()
     for axis, ((_, title, label), bars) in zip(axes.flat, panels.items()):
         draw_panel(axis, title, label, bars)
-    figure.tight_layout()
     figure.savefig(out, dpi=110)
-    plt.close(figure)

@@ -1,0 +1,77 @@
+"""What takes seconds and is not ours, done once or left out."""
+
+import functools
+import inspect
+import math
+
+
+def quick_configs() -> None:
+    """MMEngine lays the text of a config out six times in a run, which nobody
+    reads here, and reads a hundred YAML files for each ``mmdet::``."""
+    from mmengine.config import utils
+    from yapf.yapflib import yapf_api
+
+    yapf_api.FormatCode = lambda text, **_: (text, True)
+    utils.load = functools.cache(utils.load)
+
+
+def quick_interpreter() -> None:
+    """Triton's interpreter in half the time: it makes the same shapes, types
+    and tables anew for every operation on a tile. What kernels compute stays
+    as it is."""
+    from triton.language import core
+    from triton.runtime import interpreter
+
+    unwrap = core._unwrap_if_constexpr
+    plain = core.tensor, int, str, bool, type(None), core.dtype, core.block_type
+
+    def unwrap_once(value):
+        return value if type(value) in plain else unwrap(value)
+
+    core._unwrap_if_constexpr = unwrap_once
+
+    @functools.cache
+    def constants(sizes):
+        values = core.tuple([core.constexpr(size) for size in sizes])
+        return values, core.constexpr(math.prod(sizes))
+
+    def init_tensor(self, handle, type):
+        self.handle, self.type, self.dtype = handle, type, type.scalar
+        self.shape, self.numel = constants(
+            tuple(type.shape.values) if type.is_block() else ()
+        )
+
+    core.tensor.__init__ = init_tensor
+
+    init_block, blocks = core.block_type.__init__, {}
+
+    def init_block_type(self, element_ty, shape):
+        key = element_ty.name, *map(unwrap_once, shape)
+        if key not in blocks:
+            init_block(self, element_ty, shape)
+            blocks[key] = self.shape, self.numel, self.name
+        self.element_ty = element_ty
+        self.shape, self.numel, self.name = blocks[key]
+
+    core.block_type.__init__ = init_block_type
+
+    numpy_type, numpy_types = interpreter._get_np_dtype, {}
+
+    def numpy_type_once(dtype):
+        if dtype.name not in numpy_types:
+            numpy_types[dtype.name] = numpy_type(dtype)
+        return numpy_types[dtype.name]
+
+    interpreter._get_np_dtype = numpy_type_once
+
+    names = functools.cache(
+        lambda place: [n for n, v in inspect.getmembers(place) if core.is_builtin(v)]
+    )
+
+    def patch_builtin(place, builder, scope):
+        for name in names(place):
+            member = getattr(place, name)
+            if core.is_builtin(member):
+                interpreter._patch_attr(place, name, member, builder, scope)
+
+    interpreter._patch_builtin = patch_builtin
