@@ -102,7 +102,8 @@ def _layer_norm(
     """
     weight = bias = None
     if affine is not None:
-        weight, bias = (t.to(stat_dtype(x.dtype)) for t in affine)
+        stat = stat_dtype(x.dtype)
+        weight, bias = affine[0].to(stat), affine[1].to(stat)
     return torch.native_layer_norm(x, x.shape[-1:], weight, bias, eps)
 
 
@@ -114,7 +115,8 @@ def _layer_norm_backward(
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of the input, weight and bias; None where not needed."""
-    weight, bias = (t.to(stat_dtype(x.dtype)) for t in affine)
+    stat = stat_dtype(x.dtype)
+    weight, bias = affine[0].to(stat), affine[1].to(stat)
     return torch.ops.aten.native_layer_norm_backward(
         grad, x, x.shape[-1:], *statistics, weight, bias, needs
     )

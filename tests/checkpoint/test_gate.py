@@ -33,6 +33,7 @@ from convnext_mm.checkpoint import (
 )
 from convnext_mm.checkpoint.orders import without_orders
 from repo import ROOT, load_tool
+from warm_python import warm_python
 
 
 class Call:
@@ -485,7 +486,7 @@ def world(tmp_path_factory):
     doors = pytest.importorskip('doors')
     folder = tmp_path_factory.mktemp('world')
     subprocess.run(
-        [sys.executable, '-W', 'ignore', doors.__file__, str(folder)],
+        [warm_python(), '-W', 'ignore', doors.__file__, str(folder)],
         input='',
         check=True,
         text=True,
@@ -501,7 +502,7 @@ def world(tmp_path_factory):
 
 def run_alone(program, *args):
     result = subprocess.run(
-        [sys.executable, '-W', 'ignore', '-c', program, *map(str, args)],
+        [warm_python(), '-W', 'ignore', '-c', program, *map(str, args)],
         capture_output=True,
         text=True,
         cwd=ROOT,
@@ -618,8 +619,10 @@ def test_the_best_checkpoint_is_replaced_after_a_resume(world, tmp_path):
 
 
 def run_tool(name, *args, **options):
+    # What is set for a process before it starts does not reach a warm one.
+    python = sys.executable if 'preexec_fn' in options else warm_python()
     return subprocess.run(
-        [sys.executable, '-W', 'ignore', f'tools/{name}.py', *map(str, args)],
+        [python, '-W', 'ignore', f'tools/{name}.py', *map(str, args)],
         cwd=ROOT,
         capture_output=True,
         text=True,
