@@ -41,7 +41,7 @@ def test_few_steps_agree(script, shared_dir, tmp_path, monkeypatch):
             < 1e-3
         )
     assert plot.stat().st_size > 10_000
-    arguments += ['--tolerance', '-1', '--tasks', 'segmentor']
+    arguments += ['--tolerance', '-1', '--tasks', 'segmentor', '--steps', '1']
     assert script.main(arguments) == 1
 
 
