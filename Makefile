@@ -30,10 +30,10 @@ demo-seg: setup
 	    --work-dir work_dirs/demo-seg --require mIoU=0.80
 
 test: setup
-	@OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS) --dist loadfile --durations 20 $(TESTS)
+	@OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder --durations 20 $(TESTS)
 
 check: lint
-	@OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n $(JOBS) --dist loadfile -m 'not slow' $(ROOMS)
+	@OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder -m 'not slow' $(ROOMS)
 
 lint: setup
 	@$(RUN) -m ruff check .
