@@ -1,9 +1,11 @@
 """Fixtures that several test files use."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from mmengine.utils import ManagerMixin
 
 import speed
 
@@ -30,6 +32,17 @@ def pytest_collection_modifyitems(items):
     end together. The order within a file stays, for its fixtures."""
     slow = {item.path for item in items if item.get_closest_marker('slow')}
     items.sort(key=lambda item: item.path not in slow)
+
+
+@pytest.fixture(autouse=True, scope='module')
+def no_runs_left() -> Iterator[None]:
+    """The next file's runs do not find, by name, the scopes, loggers and
+    visualizers of this one's, whose folders are gone."""
+    yield
+    kinds = [ManagerMixin]
+    for kind in kinds:
+        kinds += kind.__subclasses__()
+        vars(kind).get('_instance_dict', {}).clear()
 
 
 @pytest.fixture(scope='session')
