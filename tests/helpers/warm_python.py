@@ -32,6 +32,7 @@ SLOW = """
 OURS = {'mmcv', 'mmdet', 'mmseg', 'mmpretrain', 'convnext_mm'}
 # It sets what Triton reads when it is imported, and PyTorch imports Triton.
 NEEDS_A_FRESH_ONE = 'check_kernels.py'
+SERVERS: list[subprocess.Popen] = []  # referred to, or their input would end
 
 
 @functools.cache
@@ -50,11 +51,13 @@ def warm_python() -> str:
     listener.listen()
     environment = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONWARNINGS': 'ignore'}
     environment.pop('PYTHONPATH', None)
-    subprocess.Popen(
-        [sys.executable, __file__, str(listener.fileno())],
-        env=environment,
-        stdin=subprocess.PIPE,  # closed when this process is gone
-        pass_fds=[listener.fileno()],
+    SERVERS.append(
+        subprocess.Popen(
+            [sys.executable, __file__, str(listener.fileno())],
+            env=environment,
+            stdin=subprocess.PIPE,  # closed when this process is gone
+            pass_fds=[listener.fileno()],
+        )
     )
     return str(command)
 
