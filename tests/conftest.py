@@ -34,10 +34,11 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path not in slow)
 
 
-@pytest.fixture(autouse=True, scope='module')
+@pytest.fixture(autouse=True)
 def no_runs_left() -> Iterator[None]:
-    """The next file's runs do not find, by name, the scopes, loggers and
-    visualizers of this one's, whose folders are gone."""
+    """MMEngine names a run by the second in which it starts: one that starts
+    in the same second would take the scope, the loggers and the visualizers of
+    the test before it."""
     yield
     kinds = [ManagerMixin]
     for kind in kinds:

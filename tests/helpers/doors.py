@@ -17,7 +17,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import mmengine.config.config
 import numpy as np
 import torch
 from mmengine.config import Config
@@ -29,6 +28,7 @@ from torch import Tensor
 import convnext_mm
 from convnext_mm import CheckpointError, ConvNeXt
 from repo import load_tool
+from speed import quick_configs
 from toys import ARCH, randomise
 
 State = dict[str, Tensor]
@@ -407,8 +407,7 @@ def serve(folder: Path) -> None:
     """Answers each line of standard input, a JSON list of door, file and
     working folder, with a line: outcome and message."""
     torch.set_num_threads(1)
-    # Half of a run's time: the layout of its config's text.
-    mmengine.config.config.FormatCode = lambda text, **_: (text, True)
+    quick_configs()
     checkpoints = make_world(folder)
     gc.freeze()  # and data sets collect garbage
     answers = os.fdopen(os.dup(1), 'w')

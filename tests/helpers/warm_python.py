@@ -2,13 +2,14 @@
 
 Each program that a test starts would spend five seconds on PyTorch, SciPy,
 Transformers, MMEngine and the like. One process imports them; a run is a fork
-of it that imports mmdet, mmseg and this package by itself and ends as any
-program does.
+of it that imports mmdet, mmseg and this package by itself.
 :func:`warm_python` gives a command that takes the arguments of ``python``:
-``-c CODE``, ``-m MODULE``, a script or a program on standard input.
+``-c CODE``, ``-m MODULE`` or a script. (Programs on standard input are so short
+that it leaves them to ``python``.)
 
 What forks share real processes do not: the hash seed, and what the imported
-libraries read from the environment. Tests of either start a real Python; so do
+libraries read from the environment; and they end without taking apart what was
+imported, which would copy it all. Tests of these start a real Python; so do
 those of several processes, through the launcher.
 """
 
@@ -42,8 +43,10 @@ def warm_python() -> str:
     start = f'{sys.executable} -IS {__file__} {folder}/socket'
     command = folder / 'python'
     command.write_text(
-        f'#!/bin/sh\ncase "$*" in *{NEEDS_A_FRESH_ONE}*) exec {sys.executable} "$@" ;; '
-        f'esac\nexec {start} "$@"\n'
+        '#!/bin/sh\n'
+        f'case "${{1:--}} $*" in "- "*|*{NEEDS_A_FRESH_ONE}*) '
+        f'exec {sys.executable} "$@" ;; esac\n'
+        f'exec {start} "$@"\n'
     )
     command.chmod(0o755)
     listener = socket.socket(socket.AF_UNIX)
@@ -169,7 +172,7 @@ def run(arguments: list[str]) -> None:
 
     while arguments and arguments[0] in ('-u', '-W'):
         del arguments[: 1 + (arguments[0] == '-W')]
-    kind = arguments[0] if arguments else '-'
+    kind = arguments[0]
     del sys.path[0]
     paths = [p for p in os.environ.get('PYTHONPATH', '').split(':') if p]
     folder = '' if kind.startswith('-') else os.path.dirname(os.path.abspath(kind))
@@ -177,20 +180,42 @@ def run(arguments: list[str]) -> None:
     if kind == '-m':
         sys.argv = arguments[1:]
         runpy.run_module(arguments[1], run_name='__main__', alter_sys=True)
-    elif kind in ('-c', '-'):
-        code = sys.stdin.read() if kind == '-' else arguments[1]
-        sys.argv = [kind, *arguments[1 + (kind == '-c') :]]
+    elif kind == '-c':
+        sys.argv = [kind, *arguments[2:]]
         sys.modules['__main__'] = types.ModuleType('__main__')
-        exec(compile(code, '<string>', 'exec'), vars(sys.modules['__main__']))
+        exec(arguments[1], vars(sys.modules['__main__']))
     else:
         sys.argv = arguments
         runpy.run_path(kind, run_name='__main__')
 
 
+def run_and_end(arguments: list[str]) -> None:
+    """Prints and gives the status that Python would."""
+    import atexit
+    import threading
+
+    status = 0
+    try:
+        run(arguments)
+    except SystemExit as error:
+        if error.code is not None:
+            status = error.code if isinstance(error.code, int) else 1
+        if isinstance(error.code, str):
+            print(error.code, file=sys.stderr)
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        status = 1
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
 if __name__ == '__main__':
     if sys.argv[1].isdigit():
         serve(socket.socket(fileno=int(sys.argv[1])))
-        run(sys.argv)
+        run_and_end(sys.argv)
     else:
         status = ask(sys.argv[1], sys.argv[2:])
         if status < 0:

@@ -148,7 +148,7 @@ def test_the_whole_proof_measures_everything(tmp_path):
     python.write_text(
         '#!/usr/bin/env bash\n'
         f'case $1 in tools/*) echo "$@" >> {log} ;;\n'
-        f'*) exec {sys.executable} "$@" ;; esac\n'
+        f'*) exec {warm_python()} "$@" ;; esac\n'
         'case $* in *detector*) exit 3 ;; esac\n'
     )
     python.chmod(0o755)

@@ -1,7 +1,6 @@
 """What set-up refuses, in one sentence with the fix."""
 
 import re
-import subprocess
 import sys
 from configparser import ConfigParser
 from importlib import metadata
@@ -9,7 +8,8 @@ from importlib import metadata
 import pytest
 from packaging.requirements import Requirement
 
-from repo import ROOT, load_tool
+from repo import ROOT, load_tool, run
+from warm_python import warm_python
 
 
 @pytest.fixture
@@ -133,10 +133,7 @@ def test_the_environment_is_what_set_up_promises():
     code = (
         'import cv2, mmcv.ops, mmdet.models, mmseg.models\nassert cv2.version.headless'
     )
-    done = subprocess.run(
-        [sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+    run(warm_python(), '-c', code)
 
 
 def test_all_pins_are_found(setup_env):
