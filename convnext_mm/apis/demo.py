@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from convnext_mm.datasets.data_paths import check_data
-from convnext_mm.engine.launch import build_runner, fit_to_device, process_group
+from convnext_mm.engine.launch import fit_to_device, running
 
 from .config import load_config
 
@@ -66,8 +66,10 @@ def run_demo(config: str, goals: dict[str, float], **options: Any) -> bool:
     draw_data(Path(cfg.data_root))
     fit_to_device(cfg)
     check_data(cfg, ['train_dataloader', 'val_dataloader'])
-    with process_group(cfg):
-        training, evaluations = _train_and_draw(cfg)
+    with running(cfg) as runner:
+        runner.train()
+        draw_pictures(runner, Path(cfg.work_dir) / 'pictures')
+        training, evaluations = read_log(runner)
     metrics = last_metrics(evaluations, cfg.default_scope)
     plot_curves(
         training,
@@ -77,13 +79,6 @@ def run_demo(config: str, goals: dict[str, float], **options: Any) -> bool:
         Path(cfg.work_dir) / 'curves.png',
     )
     return report(metrics, goals, cfg, (time.time() - start) / 60)
-
-
-def _train_and_draw(cfg: Config) -> tuple[list[dict], list[dict]]:
-    runner = build_runner(cfg)
-    runner.train()
-    draw_pictures(runner, Path(cfg.work_dir) / 'pictures')
-    return read_log(runner)
 
 
 def draw_data(root: Path) -> None:

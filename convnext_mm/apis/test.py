@@ -8,7 +8,7 @@ from mmengine.runner import Runner
 from convnext_mm.checkpoint import check_source
 from convnext_mm.datasets.data_paths import check_data
 from convnext_mm.engine.errors import ConfigError
-from convnext_mm.engine.launch import build_runner, fit_to_device, process_group
+from convnext_mm.engine.launch import fit_to_device, running
 from convnext_mm.models import ConvNeXt
 
 from .config import load_config
@@ -76,21 +76,16 @@ def test(
     if out and not out.endswith(('.pkl', '.pickle')):
         raise ConfigError(f'--out must end in .pkl or .pickle, got {out}')
     cfg = prepare(config, checkpoint, **options)
-    with process_group(cfg):
-        _evaluate(cfg, out, deploy)
-
-
-def _evaluate(cfg: Config, out: str | None, deploy: bool) -> None:
-    runner = build_runner(cfg)
-    if out:
-        if cfg.get('default_scope') == 'mmdet':  # keeps masks compressed
-            from mmdet.evaluation import DumpDetResults as DumpResults
-        else:
-            from mmengine.evaluator import DumpResults
-        runner.test_evaluator.metrics.append(DumpResults(out))
-    if deploy:
-        switch_to_deploy(runner)
-    runner.test()
+    with running(cfg) as runner:
+        if out:
+            if cfg.get('default_scope') == 'mmdet':  # keeps masks compressed
+                from mmdet.evaluation import DumpDetResults as DumpResults
+            else:
+                from mmengine.evaluator import DumpResults
+            runner.test_evaluator.metrics.append(DumpResults(out))
+        if deploy:
+            switch_to_deploy(runner)
+        runner.test()
 
 
 def draw_predictions(

@@ -10,7 +10,7 @@ from convnext_mm.checkpoint import check_source
 from convnext_mm.datasets.data_paths import check_data
 from convnext_mm.engine.errors import ConfigError
 from convnext_mm.engine.hooks import ProfileFinished
-from convnext_mm.engine.launch import build_runner, fit_to_device, process_group
+from convnext_mm.engine.launch import fit_to_device, running
 
 from .config import load_config
 
@@ -84,5 +84,5 @@ def train(config: str, **options: Any) -> None:
         DataError: The data is missing or bad.
     """
     cfg = prepare(config, **options)
-    with process_group(cfg), contextlib.suppress(ProfileFinished):
-        build_runner(cfg).train()
+    with running(cfg) as runner, contextlib.suppress(ProfileFinished):
+        runner.train()

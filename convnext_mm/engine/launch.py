@@ -11,6 +11,7 @@ from mmengine.config import Config, ConfigDict
 from mmengine.device import get_device
 from mmengine.logging import print_log
 from mmengine.registry import RUNNERS
+from mmengine.runner import BaseLoop
 from mmengine.runner import Runner as MMEngineRunner
 
 from .runner import Runner
@@ -104,6 +105,20 @@ def process_group(cfg: Config) -> Iterator[None]:
         torch.distributed.destroy_process_group()
 
 
-def build_runner(cfg: Config) -> MMEngineRunner:
-    """The runner of a config, inside its :func:`process_group`."""
-    return RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+@contextlib.contextmanager
+def running(cfg: Config) -> Iterator[MMEngineRunner]:
+    """The runner of a config, inside its :func:`process_group`.
+
+    When the block is over, the runner is empty and the processes that loaded
+    its data have ended.
+    """
+    with process_group(cfg):
+        runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+        yield runner
+        # Parts of a runner hold each other. A data loader that is found there as
+        # garbage has lost the queues through which it ends its processes, and
+        # waits 5 seconds for each.
+        for part in vars(runner).values():
+            if isinstance(part, BaseLoop):
+                vars(part).clear()
+        vars(runner).clear()

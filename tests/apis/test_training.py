@@ -172,8 +172,9 @@ def test_real_coco_images(shared_dir, tmp_path, processes):
     data = ('--data-root', shared_dir / 'data' / 'coco_tiny')
     options = (
         '--cfg-options',
-        # Eight steps in an epoch, few images to judge.
-        f'train_dataloader.dataset.indices={16 * processes}',
+        # Eight steps of two images in an epoch, few images to judge.
+        f'train_dataloader.batch_size={2 // processes}',
+        'train_dataloader.dataset.indices=16',
         'val_dataloader.dataset.indices=4',
         'test_dataloader.dataset.indices=4',
         # Boxes that are found so early have low scores.

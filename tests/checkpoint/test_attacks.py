@@ -29,8 +29,13 @@ NUM_MUTATED = int(os.environ.get('CONVNEXT_MM_FUZZ', 300))
 # These keep the dtype of the file: only a model's can be too small for it.
 AS_STORED = ('load_checkpoint()', 'convert_checkpoint.py')
 ENDS = ('right', 'refused')
-# A fork of a process with much memory takes half the time.
-LARGE_PAGES = dict(PYTHONMALLOC='malloc', GLIBC_TUNABLES='glibc.malloc.hugetlb=1')
+ENVIRONMENT = dict(
+    OMP_NUM_THREADS='1',
+    HF_HUB_OFFLINE='1',
+    # Large pages: a fork of a process with much memory takes half the time.
+    PYTHONMALLOC='malloc',
+    GLIBC_TUNABLES='glibc.malloc.hugetlb=1',
+)
 
 
 class Server:
@@ -45,7 +50,7 @@ class Server:
             stdout=subprocess.PIPE,
             text=True,
             stderr=(folder / 'server.log').open('w'),
-            env=dict(os.environ, OMP_NUM_THREADS='1', HF_HUB_OFFLINE='1', **LARGE_PAGES),
+            env=dict(os.environ, **ENVIRONMENT),
         )
         assert self._answer() == 'ready'
         content = torch.load(folder / 'checkpoints.pth', weights_only=False)

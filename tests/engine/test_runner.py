@@ -1,18 +1,22 @@
 """Whole runs: load_from and resume are safe and complete."""
 
+import gc
+import multiprocessing
 import os
 
 import pytest
 import torch
+from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.model import BaseModel
-from mmengine.registry import MODELS, init_default_scope
+from mmengine.registry import DATASETS, MODELS, init_default_scope
 from mmengine.runner.checkpoint import CheckpointLoader
 from torch import nn
 from torch.utils.data import Dataset
 
 from convnext_mm import CheckpointError, ConvNeXt
 from convnext_mm.checkpoint import CheckpointMismatchError, UnsafeCheckpointError
+from convnext_mm.engine.launch import running
 from convnext_mm.engine.runner import Runner
 
 ARCH = dict(depths=[1, 1, 1, 1], channels=[4, 6, 8, 10])
@@ -105,6 +109,46 @@ def straight(tmp_path_factory):
     runner = make_runner(tmp_path_factory.mktemp('straight'))
     runner.train()
     return runner.model.state_dict()
+
+
+@pytest.mark.parametrize(
+    'train_cfg',
+    [
+        dict(type='EpochBasedTrainLoop', max_epochs=1),
+        dict(type='IterBasedTrainLoop', max_iters=3),
+    ],
+)
+def test_loaders_end_with_the_run(train_cfg, tmp_path, monkeypatch):
+    for registry, kind in ((MODELS, Toy), (DATASETS, Images)):
+        monkeypatch.setitem(registry.module_dict, kind.__name__, kind)
+    loader = dict(
+        num_workers=1,
+        persistent_workers=train_cfg['type'] == 'EpochBasedTrainLoop',
+        dataset=dict(type='Images'),
+        collate_fn=dict(type='default_collate'),
+        sampler=dict(type='DefaultSampler', shuffle=False),
+    )
+    cfg = dict(
+        launcher='none',
+        default_scope='mmengine',
+        model=dict(type='Toy'),
+        work_dir=str(tmp_path),
+        train_dataloader=loader,
+        val_dataloader=loader,
+        train_cfg=dict(train_cfg, val_interval=1),
+        val_cfg=dict(type='ValLoop'),
+        val_evaluator=dict(type='DumpResults', out_file_path=f'{tmp_path}/out.pkl'),
+        optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.01)),
+        log_level='ERROR',
+    )
+    gc.disable()  # only loaders that nothing holds end their processes
+    try:
+        with running(Config(cfg)) as runner:
+            runner.train()
+            assert multiprocessing.active_children()
+        assert not multiprocessing.active_children()
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize('how', ['auto', 'path'])

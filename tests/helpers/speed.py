@@ -3,6 +3,9 @@
 import functools
 import inspect
 import math
+import operator
+
+import numpy as np
 
 
 def quick_configs() -> None:
@@ -20,6 +23,7 @@ def quick_interpreter() -> None:
     and tables anew for every operation on a tile. What kernels compute stays
     as it is."""
     from triton.language import core
+    from triton.language.semantic import TritonSemantic
     from triton.runtime import interpreter
 
     unwrap = core._unwrap_if_constexpr
@@ -49,11 +53,30 @@ def quick_interpreter() -> None:
         key = element_ty.name, *map(unwrap_once, shape)
         if key not in blocks:
             init_block(self, element_ty, shape)
-            blocks[key] = self.shape, self.numel, self.name
+            blocks[key] = self.shape, self.numel, self.name, key[1:]
         self.element_ty = element_ty
-        self.shape, self.numel, self.name = blocks[key]
+        self.shape, self.numel, self.name, self.sizes = blocks[key]
 
     core.block_type.__init__ = init_block_type
+
+    broadcast = TritonSemantic.broadcast_impl_value
+
+    def broadcast_others(self, lhs, rhs):
+        sizes = [value.type.is_block() and value.type.sizes for value in (lhs, rhs)]
+        return (lhs, rhs) if sizes[0] == sizes[1] else broadcast(self, lhs, rhs)
+
+    TritonSemantic.broadcast_impl_value = broadcast_others
+
+    def check_overflow(self, lhs, rhs, operation):
+        kind = lhs.type.scalar
+        if kind.int_bitwidth >= 64:
+            return
+        values = [value.handle.data.astype(np.int64) for value in (lhs, rhs)]
+        result = getattr(operator, operation.__name__)(*values)
+        assert kind.get_int_min_value() <= result.min(), operation
+        assert result.max() <= kind.get_int_max_value(), operation
+
+    TritonSemantic.binary_op_sanitize_overflow_impl = check_overflow
 
     numpy_type, numpy_types = interpreter._get_np_dtype, {}
 

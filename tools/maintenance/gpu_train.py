@@ -33,7 +33,7 @@ from convnext_mm.apis.benchmark.models import build_models, with_mmpretrain
 from convnext_mm.apis.config import load_config
 from convnext_mm.datasets import write_shapes
 from convnext_mm.datasets.data_paths import check_data
-from convnext_mm.engine.launch import build_runner, fit_to_device
+from convnext_mm.engine.launch import fit_to_device, running
 
 ROOT = Path(__file__).resolve().parents[2]
 SMOKE_STEPS = 4
@@ -314,9 +314,9 @@ def train(
     """
     cfg.experiment_name = name
     recorder = Recorder(weights, args.seed, args.limit)
-    runner = build_runner(cfg)
-    runner.register_hook(recorder)
-    runner.train()
+    with running(cfg) as runner:
+        runner.register_hook(recorder)
+        runner.train()
     return recorder
 
 
