@@ -84,6 +84,7 @@ def _needs_plain_operators() -> bool:
     if torch.compiler.is_compiling():
         return is_exporting()
     return (
+        # PyTorch's public names for these have no types, or do not exist.
         torch._C._is_tracing()
         or is_exporting()
         or torch.autograd.forward_ad._current_level >= 0

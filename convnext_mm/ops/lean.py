@@ -67,7 +67,7 @@ def onednn(x: Tensor) -> bool:
     return (
         x.device.type == 'cpu'
         and x.numel() > 0
-        and torch._C._has_mkldnn
+        and torch._C._has_mkldnn  # is_available(), with a type
         and bool(torch.backends.mkldnn.enabled)
     )
 

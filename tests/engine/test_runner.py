@@ -18,8 +18,7 @@ from convnext_mm import CheckpointError, ConvNeXt
 from convnext_mm.checkpoint import CheckpointMismatchError, UnsafeCheckpointError
 from convnext_mm.engine.launch import running
 from convnext_mm.engine.runner import Runner
-
-ARCH = dict(depths=[1, 1, 1, 1], channels=[4, 6, 8, 10])
+from toys import ARCH, detector, segmentor
 
 
 class Toy(BaseModel):
@@ -28,7 +27,7 @@ class Toy(BaseModel):
     def __init__(self, **settings):
         super().__init__()
         self.backbone = ConvNeXt(ARCH, out_indices=3, **settings)
-        self.head = nn.Linear(10, 2)
+        self.head = nn.Linear(ARCH['channels'][-1], 2)
 
     def forward(self, image, mode='tensor'):
         out = self.head(self.backbone(image)[0].mean((2, 3)))
@@ -277,49 +276,6 @@ def test_average_resumes(tmp_path):
             with pytest.raises(KeyboardInterrupt):
                 runner.train()
     assert stop.first['iter'] == 2
-
-
-def detector(backbone):
-    return dict(
-        type='mmdet.RetinaNet',
-        data_preprocessor=dict(type='mmdet.DetDataPreprocessor'),
-        backbone=backbone,
-        neck=dict(
-            type='mmdet.FPN', in_channels=ARCH['channels'], out_channels=8, num_outs=5
-        ),
-        bbox_head=dict(
-            type='mmdet.RetinaHead',
-            num_classes=3,
-            in_channels=8,
-            feat_channels=8,
-            stacked_convs=1,
-            anchor_generator=dict(
-                type='mmdet.AnchorGenerator',
-                octave_base_scale=4,
-                scales_per_octave=1,
-                ratios=[1.0],
-                strides=[4, 8, 16, 32, 64],
-            ),
-            bbox_coder=dict(type='mmdet.DeltaXYWHBBoxCoder'),
-        ),
-    )
-
-
-def segmentor(backbone):
-    return dict(
-        type='mmseg.EncoderDecoder',
-        data_preprocessor=dict(type='mmseg.SegDataPreProcessor'),
-        backbone=backbone,
-        decode_head=dict(
-            type='mmseg.FCNHead',
-            in_channels=10,
-            in_index=3,
-            channels=8,
-            num_convs=1,
-            num_classes=4,
-            norm_cfg=dict(type='BN'),
-        ),
-    )
 
 
 @pytest.mark.parametrize('library, whole', [('mmdet', detector), ('mmseg', segmentor)])

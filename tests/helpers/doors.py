@@ -26,10 +26,10 @@ from PIL import Image
 from torch import Tensor
 
 import convnext_mm
+import toys
 from convnext_mm import CheckpointError, ConvNeXt
 from repo import load_tool
 from speed import quick_configs
-from toys import ARCH, randomise
 
 State = dict[str, Tensor]
 
@@ -52,27 +52,9 @@ class KeepLoadedWeights(Hook):
     before_test = before_train
 
 
-BACKBONE = dict(type='convnext_mm.ConvNeXt', arch=ARCH)
-DETECTOR = dict(
-    type='RetinaNet',
-    data_preprocessor=dict(type='DetDataPreprocessor'),
-    backbone=BACKBONE,
-    neck=dict(type='FPN', in_channels=ARCH['channels'], out_channels=8, num_outs=5),
-    bbox_head=dict(
-        type='RetinaHead',
-        num_classes=1,
-        in_channels=8,
-        feat_channels=8,
-        stacked_convs=1,
-        anchor_generator=dict(
-            type='AnchorGenerator',
-            octave_base_scale=4,
-            scales_per_octave=1,
-            ratios=[1.0],
-            strides=[4, 8, 16, 32, 64],
-        ),
-        bbox_coder=dict(type='DeltaXYWHBBoxCoder'),
-    ),
+BACKBONE = dict(type='convnext_mm.ConvNeXt', arch=toys.ARCH)
+DETECTOR = toys.detector(
+    BACKBONE,
     train_cfg=dict(
         assigner=dict(type='MaxIoUAssigner', pos_iou_thr=0.5, neg_iou_thr=0.4),
         sampler=dict(type='PseudoSampler'),
@@ -87,23 +69,7 @@ DETECTOR = dict(
         nms=dict(type='nms', iou_threshold=0.5),
     ),
 )
-SEGMENTOR = dict(
-    type='EncoderDecoder',
-    data_preprocessor=dict(type='SegDataPreProcessor', size=(64, 64)),
-    backbone=BACKBONE,
-    decode_head=dict(
-        type='FCNHead',
-        in_channels=20,
-        in_index=3,
-        channels=8,
-        num_convs=1,
-        num_classes=2,
-        norm_cfg=dict(type='BN'),
-    ),
-    test_cfg=dict(mode='whole'),
-)
-
-
+SEGMENTOR = toys.segmentor(BACKBONE, test_cfg=dict(mode='whole'))
 PIPELINE = [dict(type='LoadImageFromFile'), dict(type='Resize', scale=(64, 64))]
 LOAD_BOXES = dict(type='LoadAnnotations', with_bbox=True)
 LOAD_MASKS = dict(type='LoadAnnotations')
@@ -333,14 +299,14 @@ def make_world(folder: Path) -> dict[str, dict]:
     """Data, configs, and a valid checkpoint for each kind of model."""
     make_data(folder)
     configs = dict(detector=detector_config(folder), segmentor=segmentor_config(folder))
-    backbone = randomise(ConvNeXt(ARCH))
+    backbone = toys.randomise(ConvNeXt(toys.ARCH))
     backbone.stages[1][1].gamma.data.fill_(0.5)  # some files expand it
     checkpoints = dict(backbone=backbone.state_dict())
     for name, cfg in configs.items():
         cfg = Config(cfg)
         cfg.dump(folder / f'{name}.py')
         init_default_scope(cfg.default_scope)
-        model = randomise(MODELS.build(cfg.model))
+        model = toys.randomise(MODELS.build(cfg.model))
         model.backbone.load_state_dict(checkpoints['backbone'])
         path = folder / f'first_{name}.pth'
         torch.save(dict(state_dict=model.state_dict()), path)

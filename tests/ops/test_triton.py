@@ -531,12 +531,6 @@ def test_compiles_for_gpus_without_spills(tmp_path):
     assert all(r['spilled'] == 0 and r['registers'] > 0 for r in records)
 
 
-def test_command_in_the_interpreter(tmp_path):
-    records = check_kernels(tmp_path, '--smoke')
-    assert {r['check'].split()[0] for r in records} == {'block', 'downsample', 'norm'}
-    assert all(r['ok'] for r in records)
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs an NVIDIA GPU')
 def test_on_a_gpu(tmp_path):

@@ -224,6 +224,8 @@ def test_smoke_run_of_the_proof(tmp_path):
     }
     for part in ('detector', 'segmentor'):
         assert [row['network'] for row in rows[part]] == ['auto', 'mmpretrain']
-    assert (out / 'kernels.json').is_file()
+    kernels = json.loads((out / 'kernels.json').read_text())['records']
+    assert {r['check'].split()[0] for r in kernels} == {'block', 'downsample', 'norm'}
+    assert all(r['ok'] for r in kernels)
     assert (out / 'plot.png').stat().st_size > 10_000
     assert '=== detector' in (out / 'log.txt').read_text()

@@ -317,7 +317,6 @@ def layer_norm_backward(
     eps: float,
     normed: Tensor | None = None,
     grad_last: bool = True,
-    out_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of the input (N, P, C), the weight and the bias (C,).
 
@@ -328,7 +327,7 @@ def layer_norm_backward(
             ``grad``.
     """
     n, pixels, channels = x.shape
-    out = torch.empty_like(x, dtype=out_dtype)
+    out = torch.empty_like(x)
     if not x.numel():
         zeros = x.new_zeros(channels, dtype=torch.float32)
         return out, zeros, zeros.clone()
