@@ -215,7 +215,8 @@ def test_real_coco_images(shared_dir, tmp_path, processes):
     assert set(tested) == set(trained) and 'coco/segm_mAP_50' in tested
     for name, value in tested.items():
         assert value == pytest.approx(trained[name], abs=1e-3), name
-    tool('train', COCO_TINY, *common, 'train_cfg.max_epochs=3', '--resume')
+    few = ('train_cfg.max_epochs=3', 'train_dataloader.dataset.indices=4')
+    tool('train', COCO_TINY, *common, *few, '--resume')
     epochs = [r['epoch'] for r in records(tmp_path) if 'loss' in r]
     assert epochs == sorted(epochs) and set(epochs) == {1, 2, 3}
 

@@ -130,7 +130,7 @@ main() {
         common=(--device cpu --batch 2 --rounds 2 --warmup 0)
         archs=(atto) full='64 96' crop='64 64'
         dtypes=amp model_dtype=fp32 fit=''
-        detector='--size 64 64' segmentor='--size 64 64'
+        detector='--batch 1 --size 64 64' segmentor='--size 64 64'
         compiled=timm backend=aot_eager
     fi
     local compile_case=(--mode train --dtype amp --size $full
