@@ -44,6 +44,7 @@ class Server:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.count = 0
+        self.files: dict[str, dict[str, list[tuple[str, bytes]]]] = {}
         self.process = subprocess.Popen(
             [sys.executable, '-W', 'ignore', doors.__file__, str(folder)],
             stdin=subprocess.PIPE,
@@ -80,6 +81,13 @@ class Server:
         outcome, message = json.loads(self._answer())
         return outcome, message
 
+    def attacks(self, model: str) -> dict[str, list[tuple[str, bytes]]]:
+        """Names and contents of files, by group."""
+        if model not in self.files:
+            source = self.sources[model]
+            self.files[model] = {g: list(make(source)) for g, make in GROUPS.items()}
+        return self.files[model]
+
 
 @pytest.fixture(scope='module')
 def server(tmp_path_factory) -> Iterator[Server]:
@@ -88,8 +96,7 @@ def server(tmp_path_factory) -> Iterator[Server]:
     server.process.kill()
 
 
-def selection(door: str, source: Source, group: str) -> list[tuple[str, bytes]]:
-    files = list(GROUPS[group](source))
+def selection(door: str, files: list[tuple[str, bytes]]) -> list[tuple[str, bytes]]:
     if door == 'load_checkpoint()':
         return files
     # Other doors take other ones, and each group some.
@@ -99,11 +106,10 @@ def selection(door: str, source: Source, group: str) -> list[tuple[str, bytes]]:
 @pytest.mark.slow
 @pytest.mark.parametrize('door', doors.DOORS)
 def test_attacks(door, server, record):
-    source = server.sources[doors.DOORS[door].model]
     table, faults = {}, []
-    for group in GROUPS:
+    for group, files in server.attacks(doors.DOORS[door].model).items():
         outcomes = table[group] = collections.Counter()
-        for name, data in selection(door, source, group):
+        for name, data in selection(door, files):
             outcome, message = server.enter(door, data)
             if name == 'too_large' and outcome == 'wrong' and door in AS_STORED:
                 outcome = 'right'
