@@ -11,7 +11,6 @@ from mmengine.config import Config, ConfigDict
 from mmengine.device import get_device
 from mmengine.logging import print_log
 from mmengine.registry import RUNNERS
-from mmengine.runner import BaseLoop
 from mmengine.runner import Runner as MMEngineRunner
 
 from .runner import Runner
@@ -109,16 +108,13 @@ def process_group(cfg: Config) -> Iterator[None]:
 def running(cfg: Config) -> Iterator[MMEngineRunner]:
     """The runner of a config, inside its :func:`process_group`.
 
-    When the block is over, the runner is empty and the processes that loaded
-    its data have ended.
+    After a block without error the runner is empty, and the processes that
+    loaded its data have ended.
     """
     with process_group(cfg):
         runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
         yield runner
-        # Parts of a runner hold each other. A data loader that is found there as
-        # garbage has lost the queues through which it ends its processes, and
-        # waits 5 seconds for each.
-        for part in vars(runner).values():
-            if isinstance(part, BaseLoop):
-                vars(part).clear()
+        # Its parts hold it. A data loader that is found among garbage has lost
+        # the queues through which it ends its processes, and waits 5 seconds
+        # for each.
         vars(runner).clear()

@@ -137,6 +137,7 @@ model = dict(neck=dict(norm_cfg=norm_cfg),
         '--cfg-options',
         *options,
         port=free_port(),
+        python=sys.executable,  # also shuts down as it does for a user
     )
     assert said.count('No SyncBN on a CPU: 2 norm settings use BN') == 1
     trained = metrics(tmp_path)

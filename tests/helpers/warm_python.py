@@ -8,9 +8,9 @@ of it that imports mmdet, mmseg and this package by itself.
 that it leaves them to ``python``.)
 
 What forks share real processes do not: the hash seed, and what the imported
-libraries read from the environment; and they end without taking apart what was
-imported, which would copy it all. Tests of these start a real Python; so do
-those of several processes, through the launcher.
+libraries read from the environment; and they end without taking anything apart,
+which would copy all that was imported: a fault at shutdown does not show. Tests
+of these start a real Python, one of several processes among them.
 """
 
 import contextlib
@@ -186,7 +186,10 @@ def run(arguments: list[str]) -> None:
         exec(arguments[1], vars(sys.modules['__main__']))
     else:
         sys.argv = arguments
-        runpy.run_path(kind, run_name='__main__')
+        try:
+            runpy.run_path(kind, run_name='__main__')
+        finally:  # before what the error says
+            sys.stdout.flush()
 
 
 def run_and_end(arguments: list[str]) -> None:
@@ -198,10 +201,10 @@ def run_and_end(arguments: list[str]) -> None:
     try:
         run(arguments)
     except SystemExit as error:
-        if error.code is not None:
-            status = error.code if isinstance(error.code, int) else 1
-        if isinstance(error.code, str):
-            print(error.code, file=sys.stderr)
+        status = error.code or 0
+        if not isinstance(status, int):
+            print(status, file=sys.stderr)
+            status = 1
     except BaseException:
         sys.excepthook(*sys.exc_info())
         status = 1
