@@ -1,39 +1,55 @@
 """Makes .venv with everything the project needs, checks it, or says in one
 sentence what is missing and how to get it. Standard library only: it runs
-before anything is installed. A second run starts at once."""
+before anything is installed. A second run starts at once, and goes on where one
+was interrupted.
+
+From the environment (``make setup TORCH=2.11`` sets it):
+
+- TORCH: which set of versions, requirements/torch-*.txt.
+- TORCH_INDEX_URL: where PyTorch comes from, for a CPU build.
+- MMCV=compiled: mmcv with its own compiled operators.
+- VENV: the folder, .venv by default.
+
+What is not given stays as it was chosen before."""
 
 import hashlib
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import tempfile
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-VENV = ROOT / '.venv'
+VENV = ROOT / os.environ.get('VENV', '.venv')
 PYTHON = VENV / ('Scripts/python.exe' if os.name == 'nt' else 'bin/python')
-READY = VENV / '.convnext_mm-ready'
-CONSTRAINTS = ROOT / 'requirements' / 'constraints.txt'
+# What was chosen, and of what .venv was made once it is complete.
+STATE = VENV / 'convnext_mm-setup.json'
+REQUIREMENTS = ROOT / 'requirements'
+OPERATORS = ROOT / 'convnext_mm' / 'compat' / 'mmcv_ops'
+CHOICES = dict(TORCH='2.15', TORCH_INDEX_URL='', MMCV='torchvision')
+CPU_INDEX = 'https://download.pytorch.org/whl/cpu'
 SUPPORTED = ((3, 10), (3, 12))
 DISK_GIB = 8
-# What builds the source archives: installed first, outside of isolation,
-# because mmcv's build must see the torch it is built for.
-BUILD_TOOLS = ('setuptools', 'wheel', 'ninja', 'psutil', 'packaging')
+BUILD_TOOLS = ('pip', 'setuptools', 'wheel', 'packaging')
 MMCV = 'onedl-mmcv'
+CHECK_ALL = (
+    'import torch, torchvision, cv2, mmcv.ops, mmdet.models, '
+    'mmseg.models, mmpretrain.models, convnext_mm; assert cv2.version.headless'
+)
 # An operator built without CUDA imports, and fails at its first call on a GPU.
-CHECK_MMCV = """
-import torch, mmcv.ops
+CHECK_COMPILED = """
+import torch, mmcv._ext, mmcv.ops
+assert not hasattr(mmcv._ext, 'say_once')
 device = 'cuda' if torch.cuda.is_available() else 'cpu'
 mmcv.ops.nms(torch.rand(2, 4, device=device).cumsum(1),
              torch.rand(2, device=device), 0.5)
 """
-CHECK_ALL = (
-    'import torch, torchvision, cv2, mmcv.ops, mmdet.models, '
-    'mmseg.models, mmpretrain.models, convnext_mm'
-)
 
 
 class SetupError(Exception):
@@ -43,28 +59,91 @@ class SetupError(Exception):
 def main() -> int:
     try:
         check_python()
-        if READY.exists() and READY.read_text() == fingerprint():
+        choices = choose()
+        state = read_state()
+        if state.get('made_from') == fingerprint(choices) and PYTHON.exists():
             return 0
-        if not _succeeds('import torch, torchvision'):  # the bulk of it
-            check_disk()
-        check_compiler()
-        make_venv()
+        check_disk()
+        if choices['MMCV'] == 'compiled':
+            check_compiler()
+        left_by_an_earlier_run = VENV.exists()
+        drop_compiled(choices)
+        make_venv(choices)
         check_network()
-        install()
-        verify()
+        try:
+            install(choices)
+            verify()
+        except SetupError:
+            if not left_by_an_earlier_run:
+                raise
+            say('what an earlier run left cannot be mended: making it anew')
+            shutil.rmtree(VENV)
+            make_venv(choices)
+            install(choices)
+            verify()
     except SetupError as error:
         print(f'\nset-up stopped: {error}', file=sys.stderr)
         return 1
-    READY.write_text(fingerprint())
-    print('set-up is complete: .venv is ready')
+    except OSError as error:
+        print(
+            f'\nset-up stopped: {error}. Free disk, or give yourself the folder, and '
+            'run the command again.',
+            file=sys.stderr,
+        )
+        return 1
+    except KeyboardInterrupt:
+        print('\nset-up stopped. The same command goes on.', file=sys.stderr)
+        return 130
+    write_state({**choices, 'made_from': fingerprint(choices)})
+    print(f'set-up is complete: {VENV.name} is ready')
     return 0
 
 
-def fingerprint() -> str:
+def choose() -> dict[str, str]:
+    """What is asked for, what was chosen before, or the default."""
+    state = read_state()
+    choices = {
+        name: os.environ.get(name) or state.get(name) or default
+        for name, default in CHOICES.items()
+    }
+    sets = [path.stem.removeprefix('torch-') for path in REQUIREMENTS.glob('torch-*')]
+    if choices['TORCH'] not in sets:
+        raise SetupError(
+            f'there are no proven versions for TORCH={choices["TORCH"]}: take one of '
+            f'{", ".join(sorted(sets))}.'
+        )
+    if choices['MMCV'] not in ('torchvision', 'compiled'):
+        raise SetupError(
+            f'MMCV={choices["MMCV"]} is neither `torchvision` (operators that need no '
+            'compiler, the default) nor `compiled` (its own).'
+        )
+    return choices
+
+
+def read_state() -> dict[str, str]:
+    try:
+        state = json.loads(STATE.read_text())
+    except (OSError, ValueError):  # none, or cut off
+        return {}
+    return state if isinstance(state, dict) else {}
+
+
+def write_state(state: dict[str, str]) -> None:
+    STATE.write_text(json.dumps(state))
+
+
+def fingerprint(choices: dict[str, str]) -> str:
     """What .venv was made from: another one means that it is out of date."""
-    digest = hashlib.sha256(f'{sys.version} {ROOT}'.encode())
-    version = ROOT / 'convnext_mm' / 'version.py'  # is in the installed metadata
-    for path in (CONSTRAINTS, ROOT / 'setup.cfg', version, Path(__file__)):
+    digest = hashlib.sha256(f'{sys.version} {ROOT} {choices}'.encode())
+    for path in (
+        constraints(choices),
+        REQUIREMENTS / 'common.txt',
+        ROOT / 'setup.cfg',
+        ROOT / 'convnext_mm' / 'version.py',  # is in the installed metadata
+        OPERATORS / '__main__.py',
+        OPERATORS / 'operators.py',
+        Path(__file__),
+    ):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 
@@ -89,6 +168,8 @@ def check_python(version=None) -> None:
 
 
 def check_disk(free: float | None = None) -> None:
+    if _succeeds('import torch, torchvision'):  # the bulk of it is there
+        return
     if free is None:
         free = shutil.disk_usage(ROOT).free / 2**30
     if free < DISK_GIB:
@@ -99,45 +180,28 @@ def check_disk(free: float | None = None) -> None:
 
 
 def check_compiler() -> None:
-    """A compiler is needed where no prebuilt mmcv wheel can be tried."""
-    if prebuilt_wheels():
-        return
     compiler = os.environ.get('CXX', 'c++')
     if not (shutil.which(compiler) or shutil.which('g++')):
         raise SetupError(
-            'there is no C++ compiler, which building mmcv needs: install one,'
-            ' on Debian and Ubuntu with `apt-get install g++`, or put a wheel '
-            f'of {pinned(MMCV)} for this Python and torch into wheels/.'
+            'there is no C++ compiler, which MMCV=compiled needs: install one,'
+            ' on Debian and Ubuntu with `apt-get install g++`, or leave '
+            'MMCV=compiled out.'
         )
     header = Path(sysconfig.get_paths()['include']) / 'Python.h'
     if not header.exists():
         raise SetupError(
-            f'the Python headers are missing ({header}), which building mmcv '
+            f'the Python headers are missing ({header}), which MMCV=compiled '
             'needs: install them, on Debian and Ubuntu with `apt-get install '
-            'python3-dev`.'
+            'python3-dev`, or leave MMCV=compiled out.'
         )
 
 
 def check_network() -> None:
     """Fetches the smallest pinned package, before the long part."""
     with tempfile.TemporaryDirectory() as folder:
+        quick = ('--no-deps', '--no-cache-dir', '--timeout', '15', '--retries', '1')
         result = subprocess.run(
-            [
-                PYTHON,
-                '-m',
-                'pip',
-                'download',
-                '--quiet',
-                '--no-deps',
-                '--no-cache-dir',
-                '--timeout',
-                '15',
-                '--retries',
-                '1',
-                '--dest',
-                folder,
-                pinned('packaging'),
-            ],
+            [*pip('download'), *quick, '--dest', folder, pinned('wheel')],
             capture_output=True,
             text=True,
         )
@@ -149,72 +213,109 @@ def check_network() -> None:
         )
 
 
-def make_venv() -> None:
+def make_venv(choices: dict[str, str]) -> None:
     version = f'assert sys.version_info[:2] == {tuple(sys.version_info[:2])}'
     if not _succeeds(f'import pip, sys; {version}'):
-        say('making .venv')
+        say(f'making {VENV.name}')
         shutil.rmtree(VENV, ignore_errors=True)
         run(
             [sys.executable, '-m', 'venv', VENV],
-            'making .venv failed: see the message above.',
+            f'making {VENV.name} failed: see the message above.',
+        )
+    write_state(choices)
+    # What a pip that was killed leaves, and would take for installed.
+    packages = next(iter(VENV.glob('lib/python*/site-packages')), VENV)
+    for path in packages.glob('*.dist-info'):
+        if not (path / 'RECORD').exists():
+            shutil.rmtree(path)
+    for path in packages.glob('~*'):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def drop_compiled(choices: dict[str, str]) -> None:
+    """Operators compiled for another PyTorch may import, and those no longer asked
+    for would stay."""
+    before = read_state()
+    kept = all(before.get(name) == choices[name] for name in ('TORCH', 'MMCV'))
+    if before.get('MMCV') == 'compiled' and not kept:
+        run(
+            [*pip('uninstall'), '--yes', MMCV],
+            f'removing compiled operators failed: delete {VENV.name} and run again.',
         )
 
 
-def install() -> None:
-    say('1/4 build tools')
-    pip_install(*map(pinned, BUILD_TOOLS))
-    say('2/4 PyTorch (about 5 GB)')
-    pip_install(pinned('torch'), pinned('torchvision'))
-    say('3/4 mmcv with its compiled ops')
-    install_mmcv()
-    say('4/4 the project and everything else it uses')
-    pip_install('--editable', f'{ROOT}[det,seg,hub,parity,dev]')
-    keep_headless_opencv()
+def install(choices: dict[str, str]) -> None:
+    step('1/4 pip and what builds packages', 10)
+    pip_install(choices, *map(pinned, BUILD_TOOLS))
+    step("2/4 mmcv's Python files, with operators that need no compiler", 5)
+    run(
+        [PYTHON, OPERATORS / '__main__.py', '--no-deps'],
+        "installing mmcv failed: the message above says why; run the command again "
+        'once it is mended.',
+    )
+    size, seconds = ('5 GB', 100)
+    if choices['TORCH_INDEX_URL']:
+        size, seconds = ('from your index', 30)
+        pip_install(
+            choices,
+            *('--index-url', choices['TORCH_INDEX_URL'], 'torch', 'torchvision'),
+        )
+    elif not has_nvidia():
+        print(
+            'This machine has no NVIDIA GPU. A CPU build of PyTorch is a twentieth of '
+            f'the size: stop, and `make setup TORCH_INDEX_URL={CPU_INDEX}`.'
+        )
+    step(f'3/4 PyTorch {choices["TORCH"]} ({size}) and everything else', seconds)
+    pip_install(
+        choices,
+        *('torch', 'torchvision'),
+        *('--editable', f'{ROOT}[det,seg,hub,parity,dev]'),
+    )
+    step('4/4 OpenCV without a display, and a last look', 15)
+    # mmseg needs opencv-python, others opencv-python-headless; both write cv2/, and
+    # a server has no libGL, so the headless files must be the last.
+    headless = pinned('opencv-python-headless')
+    pip_install(choices, '--force-reinstall', '--no-deps', headless)
+    if choices['MMCV'] == 'compiled':
+        compile_mmcv(choices)
 
 
-def install_mmcv() -> None:
-    """A prebuilt wheel if one fits, else pip's cached or a new source build;
-    one that does not import (built for another torch) is built again."""
-    if _succeeds(CHECK_MMCV):
+def compile_mmcv(choices: dict[str, str]) -> None:
+    """mmcv from its source archive with its own operators, by the C++ standard
+    that PyTorch asks for; its set-up would name an older one."""
+    if _succeeds(CHECK_COMPILED):
         return
-    for wheel in prebuilt_wheels():
-        print(f'trying {wheel}')
-        fits = (
-            subprocess.run(
-                [*pip_command(), '--no-deps', '--force-reinstall', wheel]
-            ).returncode
-            == 0
-        )
-        if fits and _succeeds(CHECK_MMCV):
-            return
-        print(f'{wheel.name} does not fit this Python and torch.')
-    build_mmcv()
-    if not _succeeds(CHECK_MMCV):
-        print('the cached wheel of mmcv was built for another torch: building it again')
-        # So that the next set-up does not take it again.
-        subprocess.run(
-            [PYTHON, '-m', 'pip', 'cache', 'remove', 'onedl_mmcv*'],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        build_mmcv('--force-reinstall', '--no-deps', '--no-cache-dir')
-        if not _succeeds(CHECK_MMCV, show=True):
-            raise SetupError(
-                f'{pinned(MMCV)} was built but its operators fail: delete '
-                '.venv and try again; if it persists, report the error above.'
-            )
-
-
-def build_mmcv(*options: str) -> None:
-    """Builds mmcv from source with a progress line."""
-    env = {**os.environ}
-    env.setdefault('MAX_JOBS', str(os.cpu_count()))
+    say('compiling mmcv: 8 minutes on 2 cores')
     log = VENV / 'mmcv-build.log'
-    print(f'building from source takes minutes; the whole log is {log}')
+    with tempfile.TemporaryDirectory() as folder:
+        pip_install(choices, *map(pinned, ('ninja', 'psutil')))
+        arguments = ('--no-deps', '--no-binary', MMCV, '--dest', folder, pinned(MMCV))
+        run(
+            [*pip('download'), '--no-build-isolation', *arguments],
+            f'downloading {pinned(MMCV)} failed: see the message above.',
+        )
+        (archive,) = Path(folder).glob('*.tar.gz')
+        with tarfile.open(archive) as file:
+            file.extractall(folder)
+        source = archive.with_name(archive.name.removesuffix('.tar.gz'))
+        script = source / 'setup.py'
+        script.write_text(script.read_text().replace('c++17', 'c++20'))
+        build(source, log)
+    if not _succeeds(CHECK_COMPILED, show=True):
+        raise SetupError(
+            f'{pinned(MMCV)} was built but its operators fail: see the error above. '
+            '`make setup MMCV=torchvision` does without them.'
+        )
+
+
+def build(source: Path, log: Path) -> None:
+    """Builds and installs with a progress line."""
+    env = {'MAX_JOBS': str(os.cpu_count()), **os.environ}
+    options = ('--verbose', '--no-deps', '--force-reinstall', '--no-build-isolation')
     with (
         log.open('w') as file,
         subprocess.Popen(
-            [*pip_command(), '--verbose', *options, pinned(MMCV)],
+            [*pip('install'), *options, source],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -222,70 +323,62 @@ def build_mmcv(*options: str) -> None:
             env=env,
         ) as process,
     ):
+        start = time.time()
         for line in process.stdout:
             file.write(line)
-            step = re.match(r'\s*\[(\d+)/(\d+)\]', line)
-            if step:
-                end = '\n' if step[1] == step[2] else ''
-                print(f'\rcompiling mmcv {step[1]}/{step[2]}', end=end, flush=True)
+            found = re.match(r'\s*\[(\d+)/(\d+)\]', line)
+            if found:
+                done, total = int(found[1]), int(found[2])
+                left = (time.time() - start) / done * (total - done) / 60
+                end = '\n' if done == total else ''
+                text = f'\rcompiling mmcv {done}/{total}, {left:.0f} minutes left '
+                print(text, end=end, flush=True)
     if process.returncode:
         tail = ''.join(log.open(errors='replace').readlines()[-30:])
-        raise SetupError(f'{tail}\nbuilding mmcv failed; the log is {log}.')
-
-
-def keep_headless_opencv() -> None:
-    """mmseg needs opencv-python, others opencv-python-headless; both write
-    cv2/, and a server has no libGL, so the headless files must be the last."""
-    pip_install('--force-reinstall', '--no-deps', pinned('opencv-python-headless'))
+        raise SetupError(
+            f'{tail}\nbuilding mmcv failed; the log is {log}. '
+            '`make setup MMCV=torchvision` does without compiled operators.'
+        )
 
 
 def verify() -> None:
-    check = f'{CHECK_ALL}; assert cv2.version.headless'
-    if not _succeeds(check, show=True):
+    if not _succeeds(CHECK_ALL, show=True):
         raise SetupError(
             'the packages were installed but do not import: '
-            'delete .venv and try again; if it persists, report '
+            f'delete {VENV.name} and try again; if it persists, report '
             'the error above.'
         )
 
 
-def prebuilt_wheels() -> list:
-    folders = [ROOT / 'wheels']
-    if os.environ.get('CONVNEXT_MM_WHEELS'):
-        folders.append(Path(os.environ['CONVNEXT_MM_WHEELS']))
-    # Those for this Python and system; whether one fits torch shows on import.
-    tag = f'cp{sys.version_info[0]}{sys.version_info[1]}'
-    return sorted(
-        w for f in folders for w in f.glob(f'onedl_mmcv-*-{tag}-*{sys.platform}*.whl')
-    )
+def has_nvidia() -> bool:
+    return Path('/dev/nvidiactl').exists() or bool(shutil.which('nvidia-smi'))
+
+
+def constraints(choices: dict[str, str]) -> Path:
+    return REQUIREMENTS / f'torch-{choices["TORCH"]}.txt'
 
 
 def pinned(name: str) -> str:
-    """``name==version`` from the constraints."""
-    match = re.search(
-        rf'^{re.escape(name)}==\S+', CONSTRAINTS.read_text(), re.MULTILINE
-    )
+    """``name==version`` of what all sets share."""
+    text = (REQUIREMENTS / 'common.txt').read_text()
+    match = re.search(rf'^{re.escape(name)}==\S+', text, re.MULTILINE)
     return match[0] if match else name
 
 
-def pip_command() -> list:
-    return [
-        PYTHON,
-        '-m',
-        'pip',
-        'install',
-        '--no-build-isolation',
-        '--disable-pip-version-check',
-        '--constraint',
-        CONSTRAINTS,
-    ]
+def pip(command: str) -> list:
+    return [PYTHON, '-m', 'pip', '--disable-pip-version-check', command]
 
 
-def pip_install(*arguments: str) -> None:
+def pip_install(choices: dict[str, str], *arguments: str) -> None:
     run(
-        [*pip_command(), *arguments],
-        f"installing {' '.join(arguments)} failed: pip's message above says "
-        'why; run the command again once it is mended.',
+        [
+            *pip('install'),
+            '--no-build-isolation',
+            *('--constraint', constraints(choices)),
+            *arguments,
+        ],
+        f'installing {" ".join(arguments)} failed: '
+        "pip's message above says why; run the command again once it is mended.",
     )
 
 
@@ -300,13 +393,17 @@ def _succeeds(code: str, show: bool = False) -> bool:
         return False
     return (
         subprocess.run(
-            [PYTHON, '-c', code],
+            [PYTHON, '-W', 'ignore', '-c', code],
             stdout=subprocess.DEVNULL,
             stderr=output,
             cwd=tempfile.gettempdir(),
         ).returncode
         == 0
     )
+
+
+def step(message: str, seconds: int) -> None:
+    say(f'{message}: about {seconds} s on 2 cores once downloaded')
 
 
 def say(message: str) -> None:

@@ -1,8 +1,6 @@
 """Training a demo config on drawn shapes, and showing what it learned."""
 
 import json
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from mmengine.runner import Runner
 from rich.console import Console
 from rich.table import Table
 
+from convnext_mm.datasets import write_shapes
 from convnext_mm.datasets.data_paths import check_data
 from convnext_mm.engine.launch import fit_to_device, running
 
@@ -84,9 +83,7 @@ def run_demo(config: str, goals: dict[str, float], **options: Any) -> bool:
 def draw_data(root: Path) -> None:
     # Written last: without it the drawing was interrupted.
     if not (root / 'annotations/instances_validation.json').is_file():
-        subprocess.run(
-            [sys.executable, '-m', 'convnext_mm.datasets', str(root)], check=True
-        )
+        write_shapes(str(root))
 
 
 def read_log(runner: Runner) -> tuple[list[dict], list[dict]]:

@@ -57,7 +57,7 @@ def draw_scene(rng: np.random.Generator, size: int) -> Scene:
         masks = [old & ~mask for old in masks] + [mask]
         labels.append(label)
         behind = background[mask].mean(axis=0)
-        image[mask] = _fill(rng, label, behind, size)[mask]
+        image[mask] = _fill(rng, label, behind, mask)
     noise = rng.normal(0, 6, image.shape)
     image = np.clip(cv2.GaussianBlur(image, (3, 3), 0) + noise, 0, 255)
     return Scene(image.astype(np.uint8), labels, masks)
@@ -143,9 +143,9 @@ def _texture(rng: np.random.Generator, size: int) -> np.ndarray:
 
 
 def _fill(
-    rng: np.random.Generator, label: int, behind: np.ndarray, size: int
+    rng: np.random.Generator, label: int, behind: np.ndarray, mask: np.ndarray
 ) -> np.ndarray:
-    """(size, size, 3): a textured colour that differs from what is behind.
+    """(pixels of the mask, 3): a textured colour that differs from what is behind.
 
     Classes have typical hues, which overlap: like things in the world, a shape
     is recognised by its outline and, less surely, by its colour.
@@ -156,8 +156,8 @@ def _fill(
         hsv = [hue % 180, rng.uniform(120, 255), rng.uniform(100, 255)]
         color = cv2.cvtColor(np.array([[hsv]], np.uint8), cv2.COLOR_HSV2BGR)[0, 0]
         color = color.astype(np.float64)
-    texture = _texture(rng, size)  # around its own colour
-    return color + 0.5 * (texture - texture.mean((0, 1)))
+    texture = _texture(rng, len(mask))  # around its own colour
+    return color + 0.5 * (texture[mask] - texture.mean((0, 1)))
 
 
 def _outline(name: str, center: np.ndarray, radius: float, angle: float) -> np.ndarray:
@@ -202,7 +202,7 @@ def _describe(mask: np.ndarray) -> dict:
     # A contour runs through pixel centres, COCO's polygons along pixel edges:
     # on an enlarged mask the two are close.
     factor = 4
-    large = np.kron(mask, np.ones((factor, factor))).astype(np.uint8)
+    large = mask.astype(np.uint8).repeat(factor, axis=0).repeat(factor, axis=1)
     contours, _ = cv2.findContours(large, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
     polygons = [((c.reshape(-1) + 0.5) / factor).tolist() for c in contours]
     return dict(bbox=[x, y, width, height], area=int(mask.sum()), segmentation=polygons)

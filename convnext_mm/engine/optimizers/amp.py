@@ -13,10 +13,11 @@ from mmengine.runner.amp import autocast
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 
+from convnext_mm.compat import mmcv_ops
 from convnext_mm.registry import OPTIM_WRAPPERS, register
 
 DTYPES = ('auto', 'bfloat16', 'float16')
-# Of mmcv's operators this one alone takes another way for bfloat16 itself.
+# Of mmcv's compiled operators this one alone takes another way for bfloat16 itself.
 HANDLES_BF16 = 'mmcv.ops.multi_scale_deform_attn'
 HALF_DTYPES = (torch.bfloat16, torch.float16)
 # Base classes in MMDetection, and what of mmcv computes in fp32 in them.
@@ -38,10 +39,13 @@ class AmpOptimWrapper(MMEngineAmpOptimWrapper):
     With bfloat16, what MMDetection 2 kept in fp32 under mixed precision is so
     here too: what heads predict for boxes, and the maps that boxes are pooled
     from. MMDetection 3 takes anchors and boxes to the dtype of the prediction,
-    where bfloat16 rounds a coordinate of 1000 to a multiple of 4. It also
-    serves mmcv's NMS, RoIAlign and focal loss, which have no bfloat16, on CPUs
-    and GPUs. Other compiled operators of mmcv 2.3 lack it as well (deformable
-    convolution, SyncBN of its own, ...): models with them get float16.
+    where bfloat16 rounds a coordinate of 1000 to a multiple of 4.
+
+    No operator that mmcv 2.3 compiles has bfloat16. The above serves its NMS,
+    RoIAlign and focal loss; models with others of them (deformable convolution,
+    SyncBN of its own, ...) get float16. Those on torchvision
+    (:mod:`convnext_mm.compat.mmcv_ops`) take any dtype, so that every model gets
+    bfloat16.
 
     Args:
         dtype: ``'auto'``, or ``'bfloat16'`` or ``'float16'`` whatever the
@@ -146,14 +150,16 @@ def has_bf16(device: str) -> bool:
 
 
 def modules_without_bf16(model: nn.Module, device: str | None = None) -> list[str]:
-    """Names and types of what runs an operator of mmcv that has no bfloat16,
-    leaving out what :func:`keep_boxes_in_fp32` serves.
+    """Names and types of what runs an operator that mmcv compiled, which has no
+    bfloat16, leaving out what :func:`keep_boxes_in_fp32` serves.
 
     Args:
         model: The model.
         device: Type of device; by default the one MMEngine picks.
     """
     device = device or get_device()
+    if mmcv_ops.in_use():
+        return []
     found, served = [], []
     for name, module in model.named_modules():
         if _is_of_mmdet(module, (*BOX_PREDICTORS, ROI_EXTRACTOR)):

@@ -62,6 +62,14 @@ def _mean_and_rstd(x, channel_ok, channels, eps):
     return mean, rstd
 
 
+@triton.jit
+def _within(row, height, like):
+    """Whether a map has a row, as a block like another: Triton's interpreter takes
+    one comparison of its own for an integer, which no mask may be."""
+    rows = row + tl.zeros_like(like)
+    return (rows >= 0) & (rows < height)
+
+
 @jit
 def depthwise_kernel(
     x_ptr,
@@ -129,7 +137,7 @@ def depthwise_kernel(
             pixel = row * width + source
             values = tl.load(
                 x_ptr + base + pixel[:, None] * channels + channel[None, :],
-                ((row >= 0) & (row < height) & source_ok)[:, None]
+                (_within(row, height, column) & source_ok)[:, None]
                 & channel_ok[None, :],
                 other=0.0,
             ).to(tl.float32)
@@ -157,7 +165,8 @@ def depthwise_kernel(
         row = top + o * DILATION
         pixel = row * width + column
         offset = pixel[:, None] * channels + channel[None, :]
-        ok = ((row < height) & (column < width))[:, None] & channel_ok[None, :]
+        row_ok = _within(row, height, column)
+        ok = (row_ok & (column < width))[:, None] & channel_ok[None, :]
         result = accumulators[o] + bias[None, :]
         if residual_ptr is not None:
             result += tl.load(residual_ptr + base + offset, ok, other=0.0)
@@ -215,7 +224,7 @@ def depthwise_weight_grad_kernel(
     for row in range(share * per_share, end):
         shift = (i - KERNEL // 2) * DILATION
         source_row = row % height + shift
-        row_ok = (source_row >= 0) & (source_row < height)
+        row_ok = _within(source_row, height, column)
         start = row * wide * channels
         source_start = (row + shift) * wide * channels
         for left in range(0, width, TILE_W):
