@@ -16,11 +16,14 @@ os.environ['TRITON_INTERPRET'] = '1'
 try:
     import triton
     import triton.language
+
+    from convnext_mm.ops.triton import _has_triton
 except ImportError:  # not every PyTorch has it
     pass
 else:
-    triton.knobs.runtime.interpret = True
-    speed.quick_interpreter()
+    if _has_triton():  # one that the kernels run on
+        triton.knobs.runtime.interpret = True
+        speed.quick_interpreter()
 del os.environ['TRITON_INTERPRET']
 speed.quick_configs()
 

@@ -19,7 +19,7 @@ LADDER = (
     ('models',),
     ('checkpoint',),
     ('ops', 'datasets', 'analysis', 'compat'),
-    ('registry', 'archs', 'version'),
+    ('registry', 'archs', 'version', 'private_names'),
 )
 # What runs where head libraries are missing or broken.
 WITHOUT_HEADS = ('models', 'checkpoint', 'ops', 'archs', 'registry')

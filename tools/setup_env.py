@@ -236,8 +236,9 @@ def drop_compiled(choices: dict[str, str]) -> None:
     """Operators compiled for another PyTorch may import, and those no longer asked
     for would stay."""
     before = read_state()
-    kept = all(before.get(name) == choices[name] for name in ('TORCH', 'MMCV'))
-    if before.get('MMCV') == 'compiled' and not kept:
+    same = all(before.get(name) == choices[name] for name in ('TORCH', 'MMCV'))
+    compiled = any(VENV.glob('lib/python*/site-packages/mmcv/_ext.*'))
+    if compiled and not same:
         run(
             [*pip('uninstall'), '--yes', MMCV],
             f'removing compiled operators failed: delete {VENV.name} and run again.',
@@ -250,7 +251,7 @@ def install(choices: dict[str, str]) -> None:
     step("2/4 mmcv's Python files, with operators that need no compiler", 5)
     run(
         [PYTHON, OPERATORS / '__main__.py', '--no-deps'],
-        "installing mmcv failed: the message above says why; run the command again "
+        'installing mmcv failed: the message above says why; run the command again '
         'once it is mended.',
     )
     size, seconds = ('5 GB', 100)
@@ -331,8 +332,9 @@ def build(source: Path, log: Path) -> None:
                 done, total = int(found[1]), int(found[2])
                 left = (time.time() - start) / done * (total - done) / 60
                 end = '\n' if done == total else ''
-                text = f'\rcompiling mmcv {done}/{total}, {left:.0f} minutes left '
-                print(text, end=end, flush=True)
+                # The first ones wait for others.
+                when = f', {left:.0f} minutes left ' if done > 5 else ''
+                print(f'\rcompiling mmcv {done}/{total}{when}', end=end, flush=True)
     if process.returncode:
         tail = ''.join(log.open(errors='replace').readlines()[-30:])
         raise SetupError(

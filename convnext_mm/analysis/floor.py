@@ -9,6 +9,7 @@ import torch
 from torch.utils.benchmark import Timer
 
 from convnext_mm.archs import ARCHS
+from convnext_mm.private_names import has
 
 # The fewest values moved per channel, pixel and block (docs/performance.md).
 LEAST_VALUES = dict(infer=18, train=59)
@@ -87,7 +88,7 @@ class Rates:
             if (
                 self.device == 'cpu'
                 and dtype != torch.float16
-                and hasattr(torch.ops.mkldnn, '_linear_pointwise')
+                and has('torch.ops.mkldnn._linear_pointwise')
             ):
                 products.append(
                     "torch.ops.mkldnn._linear_pointwise(a, a, None, 'none', [], '')"

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from convnext_mm.ops import deploy, eager, lean, triton
 from convnext_mm.ops.weights import BlockWeights
+from convnext_mm.private_names import has
 
 
 class Implementation(NamedTuple):
@@ -49,6 +50,8 @@ def select_impl(impl: str, x: Tensor) -> Implementation:
     if impl not in IMPL_NAMES:
         raise ValueError(f'unknown {source} {impl!r}; one of {IMPL_NAMES}')
     name = _best(x) if impl == 'auto' else impl
+    if name in ('lean', 'lean+') and not lean.available():
+        name = 'eager'
     if name == 'triton':
         reason = triton.why_not(x)
         if reason is not None:
@@ -84,10 +87,12 @@ def _needs_plain_operators() -> bool:
     if torch.compiler.is_compiling():
         return is_exporting()
     return (
-        # PyTorch's public names for these have no types, or do not exist.
-        torch._C._is_tracing()
+        torch.jit.is_tracing()  # type: ignore[no-untyped-call]
         or is_exporting()
+        # PyTorch has no public names for these. What cannot tell may be watched.
+        or not has('torch.autograd.forward_ad._current_level')
         or torch.autograd.forward_ad._current_level >= 0
+        or not has('torch._C._functorch.peek_interpreter_stack')
         or torch._C._functorch.peek_interpreter_stack() is not None
     )
 

@@ -11,6 +11,8 @@ order that oneDNN reads.
 import torch
 from torch import Tensor
 
+from convnext_mm.private_names import has
+
 from . import fused, lean
 from .weights import BlockWeights
 
@@ -51,7 +53,7 @@ def pack(weights: BlockWeights, dtype: torch.dtype) -> lean.Packed:
     if (
         dtype in (torch.float32, torch.bfloat16)
         and lean.onednn(w1)
-        and hasattr(torch.ops.mkldnn, '_reorder_linear_weight')
+        and has('torch.ops.mkldnn._reorder_linear_weight')
     ):
         w1, w2 = (
             torch.ops.mkldnn._reorder_linear_weight(w.contiguous(), lean.CHUNK_ROWS)

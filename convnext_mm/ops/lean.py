@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from convnext_mm.private_names import has
+
 from .define import define_block, define_downsample
 from .fused import (
     KEEP_ALL,
@@ -43,6 +45,12 @@ CHUNK_ROWS = 2048
 TILE = (64, 32)
 
 
+def available() -> bool:
+    """Whether this PyTorch has the backward passes that blocks here call."""
+    names = ('native_layer_norm_backward', 'convolution_backward', 'gelu_backward')
+    return all(has(f'torch.ops.aten.{name}') for name in names)
+
+
 def _chunks(x: Tensor, whole_samples: bool) -> Iterator[tuple[slice, slice]]:
     """Pieces (samples, pixels) of (N, P, C): rows of one sample or, where maps
     are small or ``whole_samples`` says so, whole samples. On a GPU, where a
@@ -67,7 +75,7 @@ def onednn(x: Tensor) -> bool:
     return (
         x.device.type == 'cpu'
         and x.numel() > 0
-        and torch._C._has_mkldnn  # is_available(), with a type
+        and bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
         and bool(torch.backends.mkldnn.enabled)
     )
 
@@ -83,7 +91,7 @@ def _linear(
     if weight.is_mkldnn or (
         x.dtype == torch.float32
         and onednn(x)
-        and hasattr(torch.ops.mkldnn, '_linear_pointwise')
+        and has('torch.ops.mkldnn._linear_pointwise')
     ):
         return torch.ops.mkldnn._linear_pointwise(
             x, weight, bias, 'gelu' if gelu else 'none', [], 'none' if gelu else ''

@@ -15,7 +15,6 @@ import mmcv
 
 from convnext_mm.compat import mmcv_ops
 from convnext_mm.compat.mmcv_ops import __main__ as installer
-
 from repo import ROOT
 
 COMMAND = (sys.executable, ROOT / 'convnext_mm' / 'compat' / 'mmcv_ops' / '__main__.py')
@@ -80,7 +79,7 @@ def test_mmdet_imported_first_gets_the_operators(site):
     failed = run(*program, site=site, check=False)
     assert failed.returncode and "No module named 'mmcv._ext'" in failed.stderr
     assert 'operators on torchvision are in' in run(*COMMAND, site=site).stdout
-    assert run(*program, site=site).stdout.startswith(str(site))
+    assert str(site / 'mmcv') in run(*program, site=site).stdout
     assert 'are gone' in run(*COMMAND, '--remove', site=site).stdout
     assert content(site) == before
 
@@ -103,7 +102,6 @@ def test_once_more_changes_nothing(here, capsys):
     before = content(here.parent)
     assert installer.main([]) == 0
     assert content(here.parent) == before
-    assert mmcv_ops.operators.__file__ if hasattr(mmcv_ops, 'operators') else True
     record = (here.parent / 'onedl_mmcv-2.3.6.dist-info' / 'RECORD').read_text()
     assert record.count('mmcv/_ext/__init__.py,sha256=') == 1
 
@@ -220,7 +218,9 @@ def name_distributions(monkeypatch, *names):
     found = [SimpleNamespace(name=name) for name in names]
     calls = iter([found])
     monkeypatch.setattr(
-        installer.metadata, 'distributions', lambda: next(calls, None) or distributions()
+        installer.metadata,
+        'distributions',
+        lambda: next(calls, None) or distributions(),
     )
 
 

@@ -10,15 +10,15 @@ import torch.nn.functional as F
 
 pytest.importorskip('torchvision')
 pytest.importorskip('mmdet')
-import compare_mmcv_operators as compare  # noqa: E402
-import mmcv.ops  # noqa: E402
-from mmcv.ops.multi_scale_deform_attn import (  # noqa: E402
+import mmcv.ops
+from mmcv.ops.multi_scale_deform_attn import (
     MultiScaleDeformableAttnFunction,
     multi_scale_deformable_attn_pytorch,
 )
-from mmdet.models.losses.focal_loss import py_sigmoid_focal_loss  # noqa: E402
+from mmdet.models.losses.focal_loss import py_sigmoid_focal_loss
 
-from convnext_mm.compat.mmcv_ops import in_use, operators  # noqa: E402
+import compare_mmcv_operators as compare
+from convnext_mm.compat.mmcv_ops import in_use, operators
 
 EXACT = {'nms', 'batched_nms', 'multiclass_nms', 'nms_match', 'roi_align'}
 TOLERANCE = 1e-5  # of the largest value
@@ -58,7 +58,9 @@ def test_random_cases_equal_the_compiled_operators(name):
     compiled = sys.modules['mmcv._ext']
     for seed in range(60):
         expected = compare.run(name, seed, compiled)
-        assert compare.difference(expected, compare.run(name, seed)) <= bound(name), seed
+        assert compare.difference(expected, compare.run(name, seed)) <= bound(name), (
+            seed
+        )
 
 
 def test_a_difference_is_seen():
@@ -233,9 +235,7 @@ def test_16_bit_is_fp32_rounded_once(name, dtype):
             x, offset.to(dtype).to(x), weight.to(dtype).to(x)
         ),
         'modulated': lambda x: mmcv.ops.modulated_deform_conv2d(
-            x,
-            *(y.to(dtype).to(x) for y in (offset, mask, weight)),
-            None,
+            x, *(y.to(dtype).to(x) for y in (offset, mask, weight)), None
         ),
     }[name]
     results = []
@@ -301,7 +301,9 @@ def test_any_memory_layout(name, layout):
             return x.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0)
         return x.repeat_interleave(2, dim=3)[..., ::2]
 
-    maps, weight = (random(*s, dtype=torch.float32) for s in [(2, 4, 9, 8), (4, 4, 3, 3)])
+    maps, weight = (
+        random(*s, dtype=torch.float32) for s in [(2, 4, 9, 8), (4, 4, 3, 3)]
+    )
     offset, mask = (
         random(2, n, 7, 6, dtype=torch.float32, seed=n).sigmoid() for n in (18, 9)
     )

@@ -28,7 +28,7 @@ from convnext_mm.ops import eager, fused
 from convnext_mm.ops import triton as triton_ops
 from repo import ROOT
 
-pytest.importorskip('triton')
+pytest.importorskip('triton', minversion=triton_ops.MIN_TRITON)
 from convnext_mm.ops.triton import launch
 from convnext_mm.ops.triton import operators as kernels
 

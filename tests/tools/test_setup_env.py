@@ -6,6 +6,7 @@ import subprocess
 import sys
 from configparser import ConfigParser
 from importlib import metadata
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -23,7 +24,7 @@ def setup_env(tmp_path, monkeypatch):
     module = load_tool('setup_env')
     monkeypatch.setattr(module, 'VENV', tmp_path / 'venv')
     monkeypatch.setattr(module, 'STATE', tmp_path / 'venv' / 'state.json')
-    monkeypatch.setattr(module, 'PYTHON', sys.executable)
+    monkeypatch.setattr(module, 'PYTHON', Path(sys.executable))
     module.VENV.mkdir()
     return module
 
@@ -133,7 +134,9 @@ def test_a_second_run_starts_at_once(setup_env, steps, monkeypatch):
 
 
 @pytest.mark.parametrize('step', [*STEPS, 'verify'])
-def test_interrupted_at_any_step_it_goes_on(setup_env, steps, monkeypatch, step, capsys):
+def test_interrupted_at_any_step_it_goes_on(
+    setup_env, steps, monkeypatch, step, capsys
+):
     works = getattr(setup_env, step)
 
     def interrupted(*arguments):
@@ -266,6 +269,9 @@ def test_pytorch_comes_from_the_index_that_is_named(setup_env, commands, capsys)
 def test_operators_compiled_for_something_else_go(setup_env, commands, after, gone):
     before = {**CHOICES, 'MMCV': 'compiled'}
     setup_env.write_state(before)
+    folder = setup_env.VENV / 'lib' / 'python3.11' / 'site-packages' / 'mmcv'
+    folder.mkdir(parents=True)
+    (folder / '_ext.cpython-311-x86_64-linux-gnu.so').touch()
     setup_env.drop_compiled({**before, **after})
     assert any('uninstall --yes onedl-mmcv' in command for command in commands) is gone
 

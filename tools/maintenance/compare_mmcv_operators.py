@@ -25,7 +25,7 @@ from numpy.random import RandomState
 from rich.progress import track
 from torch import Tensor
 
-from convnext_mm.analysis.machine import machine
+from convnext_mm.analysis.machine import machine, versions
 from convnext_mm.compat.mmcv_ops import in_use, operators
 
 RECORDED = 4
@@ -199,7 +199,9 @@ def deformable(rng: RandomState, modulated: bool) -> Results:
     for tensor in inputs.values():
         tensor.requires_grad_()
     operator = mmcv.ops.modulated_deform_conv2d if modulated else mmcv.ops.deform_conv2d
-    output = operator(*inputs.values(), stride, padding, dilation, groups, deform_groups)
+    output = operator(
+        *inputs.values(), stride, padding, dilation, groups, deform_groups
+    )
     output.backward(draw(rng, *output.shape))
     gradients = {f'gradient of {n}': tensor.grad for n, tensor in inputs.items()}
     return dict(output=output.detach(), **gradients)
@@ -265,7 +267,12 @@ def main() -> int:
         )
         print(name, rows[name])
     if args.out:
-        report = dict(machine=machine(), operators=rows)
+        report = dict(
+            command=' '.join(['python', *sys.argv]),
+            machine=machine(),
+            versions=versions(),
+            operators=rows,
+        )
         args.out.write_text(json.dumps(report, indent=1) + '\n')
     if args.record:
         np.savez_compressed(args.record, **recorded)

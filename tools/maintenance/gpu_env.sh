@@ -41,6 +41,7 @@ gpu_python() {
                 --disable-pip-version-check --no-index --no-deps \
                 --no-cache-dir --find-links "$wheels" $names >&2 \
             && _gpu_env_inherit "$python" "$place/bin/python" \
+            && _gpu_env_operators "$place/bin/python" "$names" \
             && touch "$place/ready" || {
             echo "gpu_python: the wheels of '$wheels' could not be" \
                 "installed for $python: see pip's message above" >&2
@@ -48,6 +49,14 @@ gpu_python() {
         }
     fi
     echo "$place/bin/python"
+}
+
+# _gpu_env_operators PYTHON NAMES: an mmcv among the wheels NAMES that has no
+# operators, or none that import, gets those on torchvision.
+_gpu_env_operators() {
+    case $2 in
+        *mmcv*) "$1" "$GPU_ENV_ROOT/convnext_mm/compat/mmcv_ops/__main__.py" >&2 ;;
+    esac
 }
 
 # _gpu_env_inherit FROM TO: TO sees FROM's packages after its own. Unlike

@@ -2,20 +2,19 @@
 # Fills a folder with the wheels that tools/maintenance/gpu_env.sh installs on a machine
 # that has PyTorch and no package index: OpenMMLab's packages and what they
 # import beside PyTorch and its usual company, in the versions of
-# requirements/constraints.txt.
+# requirements/common.txt.
 #
 #     bash tools/maintenance/pack_wheels.sh [FOLDER] [PYTHON_VERSION]
 #
 # FOLDER is wheels/ by default, PYTHON_VERSION that of the machine that the
-# wheels are for, 3.12. mmcv's operators must be compiled for that machine's
-# PyTorch and GPU, so their wheel has to be put beside these: docs/performance.md
-# says how it is built.
+# wheels are for, 3.12. mmcv comes without compiled operators; gpu_env.sh gives it
+# those on torchvision.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/../.." && pwd)
 folder=${1:-$root/wheels}
 version=${2:-3.12}
 python=${PYTHON:-$root/.venv/bin/python}
-pins=$root/requirements/constraints.txt
+pins=$root/requirements/common.txt
 
 pin() {  # NAME...: NAME==VERSION of each, from the constraints
     local name
@@ -43,14 +42,14 @@ mkdir -p "$folder"
 # shellcheck disable=SC2086  # names without spaces
 "$python" -m pip wheel --quiet --disable-pip-version-check --no-deps \
     --no-build-isolation --wheel-dir "$folder" $pure
+# In pip's isolation there is no PyTorch, and so nothing of mmcv is compiled; the
+# cache may hold a wheel that was.
+# shellcheck disable=SC2046
+"$python" -m pip wheel --quiet --disable-pip-version-check --no-deps \
+    --no-cache-dir --no-binary onedl-mmcv --wheel-dir "$folder" $(pin onedl-mmcv)
 # shellcheck disable=SC2086
 "$python" -m pip download --quiet --disable-pip-version-check --no-deps \
     --only-binary=:all: --implementation cp --python-version "$version" \
     "${platforms[@]}" --platform manylinux2014_x86_64 --dest "$folder" \
     $compiled
 echo "$folder holds $(find "$folder" -name '*.whl' | wc -l) wheels"
-if ! ls "$folder"/onedl_mmcv-*-cp"${version/./}"-*.whl > /dev/null 2>&1; then
-    echo "$folder lacks onedl_mmcv for Python $version (docs/performance.md" \
-        "says how it is built): whole detectors and segmentors are left out" \
-        "of the proof without it" >&2
-fi

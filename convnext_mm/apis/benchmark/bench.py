@@ -20,6 +20,7 @@ from convnext_mm.analysis.machine import machine, versions
 from convnext_mm.analysis.meter import Meter, Step, own_bytes, saved_bytes
 from convnext_mm.engine.errors import ConfigError
 from convnext_mm.models import ConvNeXt
+from convnext_mm.private_names import has
 
 from .networks import (
     COMPILED,
@@ -373,7 +374,8 @@ def run(settings: Settings, out: Path, command: str) -> dict:
     """
     torch.set_num_threads(settings.threads)
     # Each compiled network is one more version of the same few functions.
-    torch._dynamo.config.recompile_limit = 64
+    if has('torch._dynamo.config.recompile_limit'):
+        torch._dynamo.config.recompile_limit = 64
     meter = Meter(settings.device, settings.clock)
     rates = Rates(settings.device, meter.now)
     result: dict[str, Any] = dict(

@@ -12,7 +12,7 @@ not offered here raises NotImplementedError when it is called.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,10 +21,10 @@ import torch.nn.functional as F
 import torchvision
 from mmengine.logging import print_log
 from torch import Tensor
-from torchvision.ops import roi_align
+from torchvision.ops import deform_conv2d, roi_align
 
-# Registers torch.ops.torchvision, which has the backward passes on their own:
-# mmcv asks for them apart from the forward pass.
+# What torchvision registers has its backward passes on their own: mmcv asks for
+# them apart from the forward pass.
 NATIVE = torch.ops.torchvision
 
 __all__ = [
@@ -92,6 +92,10 @@ def announced(operator: Callable) -> Callable:
 def wide(tensor: Tensor) -> Tensor:
     """fp32 for 16 bits, which is more than torchvision's kernels take."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def native(name: str) -> Callable:
+    return getattr(NATIVE, name) if hasattr(NATIVE, name) else __getattr__(name)
 
 
 # Non-maximum suppression
@@ -238,17 +242,22 @@ def roi_align_backward(
         return
     size = (aligned_height, aligned_width)
     gradient, rois = wide(grad_output), wide(rois)
-    if needs_an_order(gradient):
-        # Its function knows another way than its kernel. The values of the maps do
-        # not matter to their gradient.
+    if needs_an_order(gradient) or not hasattr(NATIVE, '_roi_align_backward'):
+        # torchvision's function knows other ways than its kernel. The values of the
+        # maps do not matter to their gradient.
         with torch.enable_grad():
             maps = torch.zeros_like(grad_input, dtype=gradient.dtype)
             pooled = roi_align(
-                maps.requires_grad_(), rois, size, spatial_scale, sampling_ratio, aligned
+                maps.requires_grad_(),
+                rois,
+                size,
+                spatial_scale,
+                sampling_ratio,
+                aligned,
             )
             (found,) = torch.autograd.grad(pooled, maps, gradient)
     else:
-        found = NATIVE._roi_align_backward(
+        found = native('_roi_align_backward')(
             gradient,
             rois,
             spatial_scale,
@@ -287,7 +296,7 @@ def roi_pool_forward(
 ) -> None:
     """The largest value of each bin of ``rois`` (K, 5), and where it lies."""
     if output.numel():
-        pooled, where = NATIVE.roi_pool(
+        pooled, where = native('roi_pool')(
             wide(input), wide(rois), spatial_scale, pooled_height, pooled_width
         )
         output.copy_(pooled)
@@ -306,7 +315,7 @@ def roi_pool_backward(
 ) -> None:
     """Adds the gradient of the maps to ``grad_input``."""
     if grad_output.numel():
-        grad_input += NATIVE._roi_pool_backward(
+        grad_input += native('_roi_pool_backward')(
             wide(grad_output),
             wide(rois),
             argmax,
@@ -441,7 +450,7 @@ def deform_conv_forward(
     **geometry: int,
 ) -> None:
     """Version 1, which has neither mask nor bias, into ``output``."""
-    convolve((input, weight, offset, None, None), output, geometry_1(**geometry))
+    output.copy_(convolve((input, weight, offset), geometry))
 
 
 @announced
@@ -457,15 +466,11 @@ def deform_conv_backward_input(
 ) -> None:
     """Adds the gradients of input and offset."""
     by_weight = torch.zeros_like(weight)
-    convolve_backward(
-        gradOutput,
-        (input, weight, offset, None, None),
-        (gradInput, by_weight, gradOffset, None, None),
-        geometry_1(**geometry),
-    )
+    found = (gradInput, by_weight, gradOffset)
+    convolve_backward(gradOutput, (input, weight, offset), found, geometry)
     # torchvision computes all gradients at once. mmcv's second call, for the weight,
     # is handed the same buffer.
-    columns.set_(by_weight)
+    columns.resize_(weight.shape).copy_(by_weight)
 
 
 @announced
@@ -481,15 +486,12 @@ def deform_conv_backward_parameters(
 ) -> None:
     """Adds ``scale`` times the gradient of the weight."""
     by_weight = columns.clone()
-    columns.set_(columns.new_empty(0))
+    columns.resize_(0)
     if not by_weight.numel():  # neither input nor offset wanted a gradient
         by_weight = torch.zeros_like(gradWeight)
-        convolve_backward(
-            gradOutput,
-            (input, gradWeight, offset, None, None),
-            (None, by_weight, None, None, None),
-            geometry_1(**geometry),
-        )
+        # The values of the weight do not matter to its gradient.
+        inputs = (input, gradWeight, offset)
+        convolve_backward(gradOutput, inputs, (None, by_weight, None), geometry)
     gradWeight.add_(by_weight, alpha=scale)
 
 
@@ -507,8 +509,8 @@ def modulated_deform_conv_forward(
     **geometry: int,
 ) -> None:
     """Version 2 into ``output``."""
-    inputs = (input, weight, offset, mask, bias if with_bias else None)
-    convolve(inputs, output, geometry_2(**geometry))
+    inputs = (input, weight, offset, mask, *[bias] * with_bias)
+    output.copy_(convolve(inputs, geometry))
 
 
 @announced
@@ -530,80 +532,41 @@ def modulated_deform_conv_backward(
     **geometry: int,
 ) -> None:
     """Adds the gradients of everything."""
-    convolve_backward(
-        grad_output,
-        (input, weight, offset, mask, bias if with_bias else None),
-        (grad_input, grad_weight, grad_offset, grad_mask, grad_bias),
-        geometry_2(**geometry),
-    )
+    inputs = (input, weight, offset, mask, *[bias] * with_bias)
+    found = (grad_input, grad_weight, grad_offset, grad_mask, grad_bias)
+    convolve_backward(grad_output, inputs, found, geometry)
 
 
-def geometry_1(
-    dH: int,
-    dW: int,
-    padH: int,
-    padW: int,
-    dilationH: int,
-    dilationW: int,
-    group: int,
-    deformable_group: int,
-    **ignored: int,
-) -> tuple[int, ...]:
-    """Torchvision's order. The kernel's size is the weight's, and im2col_step says
-    how mmcv cuts the batch."""
-    return (dH, dW, padH, padW, dilationH, dilationW, group, deformable_group)
+def convolve(inputs: Sequence[Tensor], geometry: dict[str, int]) -> Tensor:
+    """``inputs``: what is convolved (N, C, H, W), weight, offset, and if there are
+    any mask and bias. ``geometry``: as mmcv names it, for version 1 or 2; sizes of
+    kernels and groups show in the inputs."""
 
+    def pair(name: str) -> tuple[int, int]:
+        return geometry[name.format('H', 'h')], geometry[name.format('W', 'w')]
 
-def geometry_2(
-    stride_h: int,
-    stride_w: int,
-    pad_h: int,
-    pad_w: int,
-    dilation_h: int,
-    dilation_w: int,
-    group: int,
-    deformable_group: int,
-    **ignored: int,
-) -> tuple[int, ...]:
-    stride, padding = (stride_h, stride_w), (pad_h, pad_w)
-    return (*stride, *padding, dilation_h, dilation_w, group, deformable_group)
-
-
-def convolve(
-    inputs: tuple[Tensor | None, ...], output: Tensor, geometry: tuple[int, ...]
-) -> None:
-    """``inputs``: what is convolved (N, C, H, W), weight, offset, and mask and bias
-    or None."""
-    if output.numel():
-        use_mask = inputs[3] is not None
-        output.copy_(NATIVE.deform_conv2d(*complete(inputs), *geometry, use_mask))
+    image, weight, offset, *others = map(wide, inputs)
+    mask, bias = [*others, None, None][:2]
+    names = ('stride_{1}', 'pad_{1}', 'dilation_{1}')
+    if 'dH' in geometry:
+        names = ('d{0}', 'pad{0}', 'dilation{0}')
+    return deform_conv2d(image, offset, weight, bias, *map(pair, names), mask)
 
 
 def convolve_backward(
     gradient: Tensor,
-    inputs: tuple[Tensor | None, ...],
-    found: tuple[Tensor | None, ...],
-    geometry: tuple[int, ...],
+    inputs: Sequence[Tensor],
+    found: Sequence[Tensor | None],
+    geometry: dict[str, int],
 ) -> None:
     """Adds the gradients of ``inputs`` to the tensors ``found``."""
-    if gradient.numel():
-        use_mask = inputs[3] is not None
-        gradients = NATIVE._deform_conv2d_backward(
-            wide(gradient), *complete(inputs), *geometry, use_mask
-        )
-        for tensor, value in zip(found, gradients):
-            if tensor is not None and tensor.numel():
-                tensor += value
-
-
-def complete(inputs: tuple[Tensor | None, ...]) -> list[Tensor]:
-    image, weight, offset, mask, bias = (x if x is None else wide(x) for x in inputs)
-    assert image is not None and weight is not None and offset is not None
-    if mask is None:
-        mask = image.new_zeros(len(image), 1)
-    if bias is None:
-        bias = image.new_zeros(len(weight))
-    return [image, weight, offset, mask, bias]
+    with torch.enable_grad():
+        leaves = [wide(x).detach().requires_grad_() for x in inputs]
+        output = convolve(leaves, geometry)
+        gradients = torch.autograd.grad(output, leaves, wide(gradient))
+    for tensor, value in zip(found, gradients):
+        if tensor is not None:
+            tensor += value
 
 
 # Multi-scale deformable attention (arXiv:2010.04159), which mmcv asks for on GPUs

@@ -10,6 +10,8 @@ import torch
 from mmengine.logging import print_log
 from torch import Tensor
 
+from convnext_mm.private_names import has
+
 from .. import eager
 from ..fused import compute_dtype
 from ..weights import BlockWeights
@@ -75,7 +77,7 @@ def _names(dtypes: Iterable[torch.dtype]) -> str:
 def _interpreted() -> bool:
     import triton
 
-    return triton.knobs.runtime.interpret
+    return has('triton.knobs.runtime.interpret') and triton.knobs.runtime.interpret
 
 
 @torch.compiler.assume_constant_result
