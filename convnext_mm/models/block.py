@@ -87,7 +87,7 @@ def _needs_plain_operators() -> bool:
     if torch.compiler.is_compiling():
         return is_exporting()
     return (
-        torch.jit.is_tracing()  # type: ignore[no-untyped-call]
+        torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
         or is_exporting()
         # PyTorch has no public names for these. What cannot tell may be watched.
         or not has('torch.autograd.forward_ad._current_level')

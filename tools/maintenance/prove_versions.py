@@ -39,7 +39,7 @@ ORIGINAL = (
     '{}[hub] mmengine mmcv mmdet mmsegmentation mmpretrain timm transformers ftfy regex'
 )
 # These need NumPy 1, as the original mmcv and mmdet do.
-NUMPY_1 = 'numpy<2 opencv-python<4.12 opencv-python-headless<4.12 transformers<5'
+NUMPY_1 = 'numpy<2 opencv-python<4.12 opencv-python-headless<4.12 transformers<4.49'
 
 
 class Row(NamedTuple):
