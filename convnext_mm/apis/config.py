@@ -6,6 +6,7 @@ import contextlib
 import difflib
 import os
 import os.path as osp
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from convnext_mm.datasets.data_check import DataError
 from convnext_mm.engine.errors import ConfigError
 
 LAUNCHERS = ('none', 'pytorch', 'slurm', 'mpi')
+NEED_OPERATORS = ('mmdet', 'mmseg')  # scopes of configs
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
@@ -77,8 +79,9 @@ def load_config(
         launcher: One of :data:`LAUNCHERS`.
 
     Raises:
-        ConfigError: There is no such config file (close ones are named), or
-            ``data_root`` is given and the config has none.
+        ConfigError: There is no such config file (close ones are named),
+            ``data_root`` is given and the config has none, or the config is for a
+            library that needs mmcv's operators, and those do not import.
     """
     path = Path(config)
     if not path.is_file():
@@ -96,6 +99,8 @@ def load_config(
             )
         )
     cfg = Config.fromfile(config)
+    if cfg.get('default_scope') in NEED_OPERATORS:
+        check_operators()
     cfg.launcher = launcher
     if cfg_options is not None:
         cfg.merge_from_dict(cfg_options)
@@ -111,6 +116,22 @@ def load_config(
     elif cfg.get('work_dir') is None:
         cfg.work_dir = osp.join('work_dirs', path.stem)
     return cfg
+
+
+def check_operators() -> None:
+    """MMEngine would go on without a library that does not import, and then say
+    that it does not know the model's type.
+
+    Raises:
+        ConfigError: mmcv's operators do not import.
+    """
+    try:
+        import mmcv.ops  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(
+            f"mmcv's operators do not import ({error}): `{sys.executable} -m "
+            'convnext_mm.compat.mmcv_ops` brings some that need no compiler'
+        ) from error
 
 
 def _replace_prefix(node: Any, old: str, new: str) -> Any:

@@ -1,5 +1,7 @@
 """What train.py and test.py do before a runner exists."""
 
+import sys
+
 import pytest
 import torch
 from mmengine.config import Config
@@ -8,6 +10,7 @@ from convnext_mm.apis import test, train
 from convnext_mm.apis.config import load_config
 from convnext_mm.datasets import write_shapes
 from convnext_mm.datasets.data_paths import check_data
+from convnext_mm.engine.errors import ConfigError
 from convnext_mm.engine.launch import fit_to_device
 from repo import ROOT, load_tool
 
@@ -76,6 +79,20 @@ def test_missing_checkpoints(checkpoint):
 
 def test_auto_scale_lr_needs_a_base_batch_size():
     assert 'base_batch_size' in message('train', DEMO, '--auto-scale-lr')
+
+
+@pytest.mark.parametrize('error', ["No module named 'mmcv._ext'", 'undefined symbol'])
+def test_missing_operators_are_said_with_the_command(monkeypatch, error):
+    class Broken:
+        def find_spec(self, name, path=None, target=None):
+            if name == 'mmcv.ops':
+                raise ImportError(error)
+
+    for name in [n for n in sys.modules if n.startswith('mmcv.ops')]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, 'meta_path', [Broken(), *sys.meta_path])
+    with pytest.raises(ConfigError, match=f'{error}.*convnext_mm.compat.mmcv_ops'):
+        load_config(DEMO)
 
 
 def test_data_root_needs_one_to_replace():

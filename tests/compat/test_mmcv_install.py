@@ -243,6 +243,17 @@ def test_mmcv_is_installed_and_removed_again(empty, here, monkeypatch, others, w
     assert empty[-1] == ('uninstall', '--yes', 'onedl-mmcv') and not here.exists()
 
 
+def test_an_mmcv_of_another_environment_is_not_said_to_be_gone(
+    empty, here, monkeypatch, capsys
+):
+    assert installer.main([]) == 0
+    # pip says so, and ends well.
+    monkeypatch.setattr(installer, 'run_pip', lambda *arguments: None)
+    assert installer.main(['--remove']) == 1
+    assert "run this with that one's Python" in capsys.readouterr().err
+    assert (here / '_ext' / '__init__.py').exists()
+
+
 def test_a_wheel_that_was_compiled_is_refused(empty, monkeypatch, capsys):
     def run_pip(*arguments, env=None):
         folder = Path(arguments[arguments.index('--wheel-dir') + 1])
@@ -278,6 +289,7 @@ def test_pip_that_is_missing_is_quoted(monkeypatch):
 
 
 def test_this_environments_operators_are_of_this_version():
+    pytest.importorskip('mmcv.ops')
     if not mmcv_ops.in_use():
         pytest.skip('this mmcv has compiled operators')
     place = Path(sys.modules['mmcv._ext'].__file__)

@@ -415,3 +415,16 @@ def test_deterministic_gpus_take_torchvisions_other_way(monkeypatch):
     monkeypatch.setattr(operators, 'needs_an_order', lambda x: asked.append(x) or True)
     torch.testing.assert_close(gradient(), expected)
     assert asked
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize('layer', ['DeformConv2dPack', 'ModulatedDeformConv2dPack'])
+def test_deformable_layers_train_in_mixed_precision(layer, dtype):
+    convolution = getattr(mmcv.ops, layer)(8, 8, 3)
+    x = random(2, 8, 9, 8, dtype=torch.float32).requires_grad_()
+    with torch.autocast('cpu', dtype, enabled=dtype is not torch.float32):
+        output = convolution(x)
+    output.square().mean().backward()
+    assert output.dtype is dtype
+    for tensor in (x, *convolution.parameters()):
+        assert tensor.grad.isfinite().all() and tensor.grad.any()

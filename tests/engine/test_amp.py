@@ -10,6 +10,7 @@ from mmengine.registry import DefaultScope
 from torch import nn
 
 from convnext_mm import AmpOptimWrapper, ConvNeXt
+from convnext_mm.compat import mmcv_ops
 from convnext_mm.engine.optimizers import amp
 
 CONSTRUCTOR = 'convnext_mm.LayerDecayOptimWrapperConstructor'
@@ -200,6 +201,7 @@ def test_what_cannot_run_in_bf16_is_found(model, monkeypatch):
             loss_cls=dict(type='FocalLoss', use_sigmoid=True),
         )
     assert isinstance(model.dense.loss_cls, FocalLoss)
+    monkeypatch.setattr(mmcv_ops, 'in_use', lambda: False)
     assert amp.modules_without_bf16(model, 'cuda') == []
     model.loss = FocalLoss()
     model.dcn = ops.ModulatedDeformConv2dPack(8, 8, 3)
@@ -212,6 +214,13 @@ def test_what_cannot_run_in_bf16_is_found(model, monkeypatch):
     wrapper = build(model)
     wrapper._resolve(model)
     assert wrapper.cast_dtype is torch.float16
+    # Operators on torchvision have no such limit.
+    monkeypatch.setattr(mmcv_ops, 'in_use', lambda: True)
+    assert amp.modules_without_bf16(model, 'cuda') == []
+    wrapper = build(model)
+    wrapper._resolve(model)
+    assert wrapper.cast_dtype is torch.bfloat16
+    monkeypatch.setattr(mmcv_ops, 'in_use', lambda: False)
     wrapper = build(model, dtype='bfloat16')
     wrapper._resolve(model)
     assert wrapper.cast_dtype is torch.bfloat16

@@ -308,7 +308,7 @@ def test_layout_is_channels_last_throughout():
 
 @pytest.mark.parametrize('out_norm', [True, False])
 def test_emitted_maps_are_what_roi_align_reads(out_norm):
-    # RoIAlign reads channels-last maps as if they were (N, C, H, W).
+    # mmcv's compiled one reads channels-last maps as if they were (N, C, H, W).
     ops = pytest.importorskip('mmcv.ops')
     align = ops.RoIAlign(7, 1 / 4, 0)
     rois = torch.tensor([[0, 4, 4, 40, 40.0], [1, 10, 8, 60, 50]])

@@ -151,15 +151,9 @@ class Environment:
         return [line for line in own if re.search('[=<>]', line)]
 
     def run(self, command: list) -> subprocess.CompletedProcess:
-        return subprocess.run(
-            list(map(str, command)),
-            cwd=self.source,
-            env=self.env,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            errors='replace',
-        )
+        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        options = dict(cwd=self.source, env=self.env, text=True, errors='replace')
+        return subprocess.run(list(map(str, command)), **pipes, **options)
 
     def must(self, command: list, what: str) -> str:
         done = self.run(command)
@@ -195,21 +189,24 @@ class Environment:
         return dict(python=python, **kept)
 
     def test(self) -> dict:
-        """How many tests passed, and which did not, with the error's first line."""
+        """How many tests passed, and which did not, with the error's first line;
+        of those to which a pickle was refused only how many."""
         report = self.folder / 'tests.xml'
         junit = f'--junitxml={report}'
         said = self.run([self.python, '-m', 'pytest', '-q', *TESTS, *PYTEST, junit])
         if not report.exists():
-            last = said.stdout.strip().splitlines()[-1]
-            raise RowError(f'pytest did not run: {self.clean(last)}')
+            last = said.stdout.strip().splitlines()[-1:]
+            raise RowError(f'pytest did not run: {self.clean("".join(last))}')
         result = dict(passed=0, skipped=0, failed=0, old_pickle=0, errors={})
         for case in ElementTree.parse(report).iter('testcase'):
             faults = [part for part in case if part.tag in ('failure', 'error')]
             for fault in faults[:1]:
+                if OLD_PICKLE in (fault.text or ''):
+                    result['old_pickle'] += 1
+                    continue
                 name = f'{case.get("classname")}::{case.get("name")}'
                 message = (fault.get('message') or '').split('\n')[0]
                 result['errors'][name] = self.clean(message)[:120]
-                result['old_pickle'] += OLD_PICKLE in (fault.text or '')
             skipped = not faults and case.find('skipped') is not None
             result['failed' if faults else 'skipped' if skipped else 'passed'] += 1
         return result
@@ -221,9 +218,9 @@ class Environment:
         return self.clean(done.stdout.splitlines()[-1]) if done.returncode else 'works'
 
     def clean(self, line: str) -> str:
-        """Without what is of this machine only."""
-        line = re.sub(r' ?\(/[^)]*\)', '', line.replace(str(self.source) + '/', ''))
-        return line.replace(str(self.folder) + '/', '').strip()
+        """Without what is of this machine only: folders."""
+        line = line.replace(f'{self.source}/', '')
+        return re.sub(r'(?<![\w.])(/[\w.+-]+)+/', '', line).strip()
 
 
 def prove(environment: Environment) -> dict:
@@ -240,9 +237,7 @@ def prove(environment: Environment) -> dict:
         with CONSOLE.status(f'  {name} ...'):
             result[name] = step()
         seconds[name] = round(time.time() - start)
-        CONSOLE.print(
-            f'  {name}: {seconds[name]} s', result[name] or '', soft_wrap=True
-        )
+        CONSOLE.print(f'  {name}: {seconds[name]} s', result[name] or '')
     return dict(result, seconds=seconds)
 
 
@@ -261,14 +256,9 @@ def table(results: dict[str, dict]) -> str:
         failed = str(tests['failed'])
         if tests['old_pickle']:
             failed += f' ({tests["old_pickle"]}: refused to read a pickle)'
-        rows.append(
-            [
-                *(versions.get(name, '') for name in ('python', *OTHERS)),
-                ', '.join(mm),
-                f'{tests["passed"]} / {tests["skipped"]} / {failed}',
-                *(result[library] for library in DOORS),
-            ]
-        )
+        row = [versions.get(name, '') for name in ('python', *OTHERS)]
+        row += [', '.join(mm), f'{tests["passed"]} / {tests["skipped"]} / {failed}']
+        rows.append([*row, *(result[library] for library in DOORS)])
     return '\n'.join(f'| {" | ".join(row)} |' for row in rows)
 
 
@@ -279,7 +269,7 @@ def write(results: dict[str, dict]) -> None:
     filled = '\n'.join((MARKS[0], table(results), MARKS[1]))
     text, count = re.subn(pattern, lambda _: filled, text, flags=re.DOTALL)
     if count != 1:
-        raise SystemExit(f'error: {PAGE.name} needs "{MARKS[0]}" and "{MARKS[1]}" once')
+        raise SystemExit(f'error: {PAGE.name} needs {" and ".join(MARKS)} once')
     PAGE.write_text(text)
 
 

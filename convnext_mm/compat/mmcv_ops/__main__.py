@@ -72,7 +72,7 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             print(install(*['--no-deps'] * args.no_deps))
     except OperatorsError as error:
-        print(f'mmcv has no new operators: {error}', file=sys.stderr)
+        print(f'stopped: {error}', file=sys.stderr)
         return 1
     except OSError as error:
         print(
@@ -157,6 +157,11 @@ def remove() -> str:
     mark = place.with_name(INSTALLED_MMCV)
     if mark.exists():
         run_pip('uninstall', '--yes', distribution_of(folder) or 'onedl-mmcv')
+        if place.exists():
+            raise OperatorsError(
+                f'pip does not uninstall {folder}, which is of another environment: '
+                "run this with that one's Python."
+            )
         shutil.rmtree(place.parent, ignore_errors=True)
         return 'mmcv, which had been installed with the operators, is gone with them.'
     shutil.rmtree(place.parent)
@@ -184,7 +189,8 @@ def install_mmcv(*options: str) -> None:
         }
         env.pop('PIP_NO_BUILD_ISOLATION', None)
         # The cache may hold a wheel with operators compiled for another PyTorch.
-        only = ('--no-deps', '--no-cache-dir', '--no-binary', wanted.partition('==')[0])
+        name = wanted.partition('==')[0]
+        only = ('--no-deps', '--no-cache-dir', '--use-pep517', '--no-binary', name)
         run_pip('wheel', *only, '--wheel-dir', folder, wanted, env=env)
         (wheel,) = Path(folder).glob('*.whl')
         if not wheel.name.endswith('-none-any.whl'):
