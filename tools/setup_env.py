@@ -43,13 +43,13 @@ CHECK_ALL = (
     'mmseg.models, mmpretrain.models, convnext_mm; assert cv2.version.headless'
 )
 # An operator built without CUDA imports, and fails at its first call on a GPU.
-CHECK_COMPILED = """
-import torch, mmcv._ext, mmcv.ops
-assert not hasattr(mmcv._ext, 'say_once')
+CHECK_MMCV = """
+import torch, mmcv.ops
 device = 'cuda' if torch.cuda.is_available() else 'cpu'
 mmcv.ops.nms(torch.rand(2, 4, device=device).cumsum(1),
              torch.rand(2, device=device), 0.5)
 """
+CHECK_COMPILED = f"{CHECK_MMCV}assert not hasattr(mmcv._ext, 'say_once')"
 
 
 class SetupError(Exception):

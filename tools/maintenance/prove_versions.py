@@ -291,20 +291,21 @@ def main(arguments: list[str] | None = None) -> int:
         CONSOLE.print(f'row {number}: Python {row.python} {row.versions}', style='bold')
         folder = Path(tempfile.mkdtemp(prefix=f'prove_versions_{number}_'))
         try:
-            python = pythons.get(row.python) or shutil.which(f'python{row.python}')
-            if python is None:
-                raise RowError(f'there is no python{row.python}: name one by --python')
-            result = prove(Environment(folder, python, row))
-        except RowError as error:
-            result, status = dict(error=str(error)), 1
-            CONSOLE.print(f'row {number} has no result: {error}', style='red')
+            try:
+                python = shutil.which(pythons.get(row.python, f'python{row.python}'))
+                if python is None:
+                    raise RowError(f'there is no python{row.python}: use --python')
+                result = prove(Environment(folder, python, row))
+            except RowError as error:
+                result, status = dict(error=str(error)), 1
+                CONSOLE.print(f'row {number} has no result: {error}', style='red')
+            results[str(number)] = dict(row=row._asdict(), **result)
+            write(dict(sorted(results.items())))
         finally:
             if args.keep:
                 CONSOLE.print(f'  kept: {folder}')
             else:
                 shutil.rmtree(folder, ignore_errors=True)
-        results[str(number)] = dict(row=row._asdict(), **result)
-        write(dict(sorted(results.items())))
     return status
 
 
