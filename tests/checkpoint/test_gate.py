@@ -32,7 +32,8 @@ from convnext_mm.checkpoint import (
     read_checkpoint,
 )
 from convnext_mm.checkpoint.orders import without_orders
-from repo import ROOT, load_tool
+from convnext_mm.checkpoint.reader import SAFE_TORCH
+from repo import ROOT, at_least, load_tool
 from warm_python import warm_python
 
 
@@ -484,6 +485,8 @@ for call in (lambda: init_detector(sys.argv[1], sys.argv[3], device='cpu'),
 def world(tmp_path_factory):
     pytest.importorskip('mmdet')
     doors = pytest.importorskip('doors')
+    if not at_least(SAFE_TORCH):
+        pytest.skip(f'reading pickles needs PyTorch {SAFE_TORCH}')
     folder = tmp_path_factory.mktemp('world')
     subprocess.run(
         [warm_python(), '-W', 'ignore', doors.__file__, str(folder)],

@@ -220,6 +220,8 @@ def test_vouching_is_for_one_file(weights, tmp_path, canary, monkeypatch):
 
 
 def test_checksums_may_be_absent(weights, tmp_path):
+    if not hasattr(torch.serialization, 'set_crc32_options'):
+        pytest.skip('this PyTorch always writes them')
     torch.serialization.set_crc32_options(False)
     try:
         torch.save(weights, tmp_path / 'a.pth')

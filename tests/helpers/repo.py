@@ -9,6 +9,9 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import torch
+from torch.torch_version import TorchVersion
+
 from warm_python import warm_python
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -37,6 +40,11 @@ def load_tool(name: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def at_least(version: str) -> bool:
+    """Whether PyTorch is no older than that."""
+    return TorchVersion(torch.__version__) >= version
 
 
 def free_port() -> int:

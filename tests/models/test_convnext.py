@@ -363,9 +363,10 @@ def test_converts_to_onnx_with_changing_sizes(tmp_path):
             input_names=['x'],
             dynamic_axes={'x': {2: 'height', 3: 'width'}},
         )
-    except torch.onnx.OnnxExporterError as error:
+    except Exception as error:
         # Asked for after all operators were converted, to write the file.
-        assert 'onnx is not installed' in str(error)
+        if 'onnx is not installed' not in str(error):
+            raise
 
 
 def test_get_layer_depth():
