@@ -38,6 +38,7 @@ SUPPORTED = ((3, 10), (3, 12))
 DISK_GIB = 8
 BUILD_TOOLS = ('pip', 'setuptools', 'wheel', 'packaging')
 MMCV = 'onedl-mmcv'
+START = time.monotonic()
 CHECK_ALL = (
     'import torch, torchvision, cv2, mmcv.ops, mmdet.models, '
     'mmseg.models, mmpretrain.models, convnext_mm; assert cv2.version.headless'
@@ -95,7 +96,7 @@ def main() -> int:
         print('\nset-up stopped. The same command goes on.', file=sys.stderr)
         return 130
     write_state({**choices, 'made_from': fingerprint(choices)})
-    print(f'set-up is complete: {VENV.name} is ready')
+    print(f'set-up is complete: {VENV.name} is ready ({since_start()})')
     return 0
 
 
@@ -405,7 +406,11 @@ def _succeeds(code: str, show: bool = False) -> bool:
 
 
 def step(message: str, seconds: int) -> None:
-    say(f'{message}: about {seconds} s on 2 cores once downloaded')
+    say(f'{message}: about {seconds} s on 2 cores once downloaded ({since_start()})')
+
+
+def since_start() -> str:
+    return f'{time.monotonic() - START:.0f} s so far'
 
 
 def say(message: str) -> None:
