@@ -1,6 +1,6 @@
 PYTHON ?= python3
 VENV ?= .venv
-RUN := $(VENV)/bin/python
+RUN := $(or $(VENV),.venv)/bin/python
 # What set-up is asked for: TORCH=2.11, TORCH_INDEX_URL=..., MMCV=compiled.
 export VENV TORCH TORCH_INDEX_URL MMCV
 TESTS ?= tests
@@ -20,7 +20,7 @@ help:
 	@echo "make check  lint, types and quick tests of every module: under 90 seconds"
 	@echo "make lint   check style and types"
 	@echo "make format let ruff write the style"
-	@echo "make clean  delete .venv, data/shapes and work_dirs"
+	@echo "make clean  delete .venv, .venv-*, data/shapes and work_dirs"
 
 setup:
 	@$(PYTHON) tools/setup_env.py
@@ -53,4 +53,4 @@ format: setup
 	@$(RUN) -m ruff format .
 
 clean:
-	rm -rf $(VENV) data/shapes work_dirs
+	rm -rf .venv .venv-* data/shapes work_dirs

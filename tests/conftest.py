@@ -10,7 +10,6 @@ from mmengine.utils import ManagerMixin
 from torch.torch_version import TorchVersion
 
 import speed
-from convnext_mm.checkpoint.reader import SAFE_TORCH
 
 # This process's kernels run in Triton's interpreter, on CPU tensors, with a GPU
 # or without. Triton's own functions ask the environment when it is imported;
@@ -29,6 +28,8 @@ else:
         speed.quick_interpreter()
 del os.environ['TRITON_INTERPRET']
 speed.quick_configs()
+
+from convnext_mm.checkpoint.reader import SAFE_TORCH  # noqa: E402, imports Triton
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -26,7 +26,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-VENV = ROOT / os.environ.get('VENV', '.venv')
+VENV = ROOT / (os.environ.get('VENV') or '.venv')
 PYTHON = VENV / ('Scripts/python.exe' if os.name == 'nt' else 'bin/python')
 # What was chosen, and of what .venv was made once it is complete.
 STATE = VENV / 'convnext_mm-setup.json'
@@ -34,7 +34,7 @@ REQUIREMENTS = ROOT / 'requirements'
 OPERATORS = ROOT / 'convnext_mm' / 'compat' / 'mmcv_ops'
 CHOICES = dict(TORCH='2.15', TORCH_INDEX_URL='', MMCV='torchvision')
 CPU_INDEX = 'https://download.pytorch.org/whl/cpu'
-SUPPORTED = ((3, 10), (3, 12))
+SUPPORTED = ((3, 10), (3, 13))
 DISK_GIB = 8
 BUILD_TOOLS = ('pip', 'setuptools', 'wheel', 'packaging')
 MMCV = 'onedl-mmcv'
@@ -67,12 +67,13 @@ def main() -> int:
         check_disk()
         if choices['MMCV'] == 'compiled':
             check_compiler()
+        check_folder()
         left_by_an_earlier_run = VENV.exists()
-        drop_compiled(choices)
+        drop_what_stays(choices)
         make_venv(choices)
         check_network()
+        install(choices)
         try:
-            install(choices)
             verify()
         except SetupError:
             if not left_by_an_earlier_run:
@@ -154,8 +155,8 @@ def check_python(version=None) -> None:
     lowest, highest = ('.'.join(map(str, v)) for v in SUPPORTED)
     if not SUPPORTED[0] <= tuple(version) <= SUPPORTED[1]:
         raise SetupError(
-            f'this is Python {version[0]}.{version[1]}, and the pinned '
-            f'packages need {lowest} to {highest}: install one and run '
+            f'this is Python {version[0]}.{version[1]}, and set-up is proven '
+            f'with {lowest} to {highest}: install one and run '
             f'`make PYTHON=python{highest} ...`.'
         )
     try:
@@ -166,6 +167,16 @@ def check_python(version=None) -> None:
             'this Python has no venv module: install it, on Debian and Ubuntu '
             'with `apt-get install python3-venv`.'
         ) from error
+
+
+def check_folder() -> None:
+    """VENV may name any folder, and what is there is replaced."""
+    ours = VENV == ROOT / '.venv' or STATE.exists()
+    if VENV.exists() and not ours and (not VENV.is_dir() or any(VENV.iterdir())):
+        raise SetupError(
+            f'VENV={VENV} is there already and was not made by set-up: name a new '
+            'folder, or none for .venv.'
+        )
 
 
 def check_disk(free: float | None = None) -> None:
@@ -185,15 +196,15 @@ def check_compiler() -> None:
     if not (shutil.which(compiler) or shutil.which('g++')):
         raise SetupError(
             'there is no C++ compiler, which MMCV=compiled needs: install one,'
-            ' on Debian and Ubuntu with `apt-get install g++`, or leave '
-            'MMCV=compiled out.'
+            ' on Debian and Ubuntu with `apt-get install g++`, or '
+            '`make setup MMCV=torchvision`.'
         )
     header = Path(sysconfig.get_paths()['include']) / 'Python.h'
     if not header.exists():
         raise SetupError(
             f'the Python headers are missing ({header}), which MMCV=compiled '
             'needs: install them, on Debian and Ubuntu with `apt-get install '
-            'python3-dev`, or leave MMCV=compiled out.'
+            'python3-dev`, or `make setup MMCV=torchvision`.'
         )
 
 
@@ -216,7 +227,7 @@ def check_network() -> None:
 
 def make_venv(choices: dict[str, str]) -> None:
     version = f'assert sys.version_info[:2] == {tuple(sys.version_info[:2])}'
-    if not _succeeds(f'import pip, sys; {version}'):
+    if not _succeeds(f'import pip._internal.cli.main, sys; {version}'):
         say(f'making {VENV.name}')
         shutil.rmtree(VENV, ignore_errors=True)
         run(
@@ -233,16 +244,19 @@ def make_venv(choices: dict[str, str]) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def drop_compiled(choices: dict[str, str]) -> None:
-    """Operators compiled for another PyTorch may import, and those no longer asked
-    for would stay."""
-    before = read_state()
+def drop_what_stays(choices: dict[str, str]) -> None:
+    """What pip would take for what is asked for now: operators compiled for another
+    PyTorch, or no longer wanted, and a PyTorch of another index."""
+    before, names = read_state(), []
     same = all(before.get(name) == choices[name] for name in ('TORCH', 'MMCV'))
-    compiled = any(VENV.glob('lib/python*/site-packages/mmcv/_ext.*'))
-    if compiled and not same:
+    if not same and any(VENV.glob('lib/python*/site-packages/mmcv/_ext.*')):
+        names.append(MMCV)
+    if before.get('TORCH_INDEX_URL', '') != choices['TORCH_INDEX_URL']:
+        names += ['torch', 'torchvision']
+    if names and PYTHON.exists():
         run(
-            [*pip('uninstall'), '--yes', MMCV],
-            f'removing compiled operators failed: delete {VENV.name} and run again.',
+            [*pip('uninstall'), '--yes', *names],
+            f'removing {", ".join(names)} failed: delete {VENV.name} and run again.',
         )
 
 
@@ -251,23 +265,23 @@ def install(choices: dict[str, str]) -> None:
     pip_install(choices, *map(pinned, BUILD_TOOLS))
     step("2/4 mmcv's Python files, with operators that need no compiler", 5)
     run(
-        [PYTHON, OPERATORS / '__main__.py', '--no-deps'],
+        [PYTHON, OPERATORS / '__main__.py', '--no-deps', '--no-try'],
         'installing mmcv failed: the message above says why; run the command again '
         'once it is mended.',
     )
-    size, seconds = ('5 GB', 100)
+    size = '3 GB'
     if choices['TORCH_INDEX_URL']:
-        size, seconds = ('from your index', 30)
-        pip_install(
-            choices,
-            *('--index-url', choices['TORCH_INDEX_URL'], 'torch', 'torchvision'),
-        )
+        size = f'from {choices["TORCH_INDEX_URL"]}'
     elif not has_nvidia():
         print(
-            'This machine has no NVIDIA GPU. A CPU build of PyTorch is a twentieth of '
-            f'the size: stop, and `make setup TORCH_INDEX_URL={CPU_INDEX}`.'
+            'This machine has no NVIDIA GPU. For a CPU build of PyTorch, without 3 GB '
+            f'of CUDA, stop this and `make setup TORCH_INDEX_URL={CPU_INDEX}`.'
         )
-    step(f'3/4 PyTorch {choices["TORCH"]} ({size}) and everything else', seconds)
+    step(f'3/4 PyTorch {choices["TORCH"]} ({size}) and everything else', 90)
+    if choices['TORCH_INDEX_URL']:
+        # Alone: an index of PyTorch may have nothing else.
+        index = ('--index-url', choices['TORCH_INDEX_URL'], '--no-deps')
+        pip_install(choices, *index, 'torch', 'torchvision')
     pip_install(
         choices,
         *('torch', 'torchvision'),

@@ -69,6 +69,8 @@ def test_a_difference_is_seen():
     assert compare.difference(one, {**one, 'a': torch.ones(3) + 0.5}) == 0.5
     assert compare.difference(one, {**one, 'a': torch.ones(2)}) == float('inf')
     assert compare.difference(one, {**one, 'b': torch.tensor([1, 3])}) == float('inf')
+    nan = torch.tensor([1, float('nan'), 1])
+    assert compare.difference(one, {**one, 'a': nan}) == float('inf')
 
 
 # Gradients, in fp64
@@ -196,11 +198,48 @@ def test_weights_of_classes_need_a_class(kind):
         loss(torch.zeros(2, 3), torch.tensor([0, 3]), 2.0, 0.25, torch.ones(3))
 
 
-def test_roi_pool_is_the_largest_of_each_bin():
-    maps = random(1, 3, 8, 8, dtype=torch.float32)
-    rois = torch.tensor([[0, 0, 0, 7, 7.0]])
-    expected = F.max_pool2d(maps, 4)
-    assert torch.equal(mmcv.ops.roi_pool(maps, rois, 2, 1.0), expected)
+@pytest.mark.parametrize('scale', [1, 0.5, 0.3])
+def test_roi_pool_is_the_largest_of_each_bin(scale):
+    """mmcv's kernel, one value after the other (roi_pool_cuda_kernel.cuh)."""
+    maps = random(2, 3, 9, 7, dtype=torch.float32)
+    rois = torch.tensor(
+        [
+            [0, 0, 0, 7, 7],
+            [1, 1.3, 1.1, 9.7, 8.2],
+            [0, -3, -2.5, 4, 30],  # beyond the edges
+            [1, 3, 3, 3, 3],
+            [0, 20, 20, 30, 30],  # outside
+            [0, 5, 5, 1, 1],  # no size
+        ]
+    )
+    maps.requires_grad_()
+    found = mmcv.ops.roi_pool(maps, rois, (2, 3), scale)
+    weights = random(*found.shape, seed=3, dtype=torch.float32)
+    (gradient,) = torch.autograd.grad(found, maps, weights)
+    values, expected = maps.detach(), torch.zeros_like(found)
+    expected_gradient = torch.zeros_like(maps)
+    for k, (image, *corners) in enumerate(rois):
+        x1, y1, x2, y2 = (
+            c * scale for c in (*corners[:2], *(c + 1 for c in corners[2:]))
+        )
+        if x2 <= x1 or y2 <= y1:
+            continue
+        for i in range(2):
+            for j in range(3):
+                low_y, high_y = y1 + i * (y2 - y1) / 2, y1 + (i + 1) * (y2 - y1) / 2
+                low_x, high_x = x1 + j * (x2 - x1) / 3, x1 + (j + 1) * (x2 - x1) / 3
+                ys = range(max(0, int(low_y.floor())), min(9, int(high_y.ceil())))
+                xs = range(max(0, int(low_x.floor())), min(7, int(high_x.ceil())))
+                for c in range(3):
+                    pixels = [
+                        (values[int(image), c, y, x], y, x) for y in ys for x in xs
+                    ]
+                    if pixels:
+                        value, y, x = max(pixels, key=lambda p: float(p[0]))
+                        expected[k, c, i, j] = value
+                        expected_gradient[int(image), c, y, x] += weights[k, c, i, j]
+    assert torch.equal(found, expected)
+    torch.testing.assert_close(gradient, expected_gradient)
 
 
 def test_soft_nms_leaves_boxes_without_area():

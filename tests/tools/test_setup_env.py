@@ -55,7 +55,9 @@ def test_disk(setup_env, monkeypatch):
 
 def test_compiler(setup_env, monkeypatch):
     monkeypatch.setattr(setup_env.shutil, 'which', lambda name: None)
-    with pytest.raises(setup_env.SetupError, match=r'C\+\+.*install g\+\+.*leave'):
+    with pytest.raises(
+        setup_env.SetupError, match=r'C\+\+.*install g\+\+.*MMCV=torchvision'
+    ):
         setup_env.check_compiler()
 
 
@@ -110,7 +112,14 @@ def test_what_was_chosen_stays(setup_env, monkeypatch):
     assert setup_env.choose() == CHOICES
 
 
-STEPS = ('check_disk', 'drop_compiled', 'make_venv', 'check_network', 'install')
+STEPS = (
+    'check_disk',
+    'check_folder',
+    'drop_what_stays',
+    'make_venv',
+    'check_network',
+    'install',
+)
 
 
 @pytest.fixture
@@ -126,11 +135,11 @@ def steps(setup_env, monkeypatch):
 
 def test_a_second_run_starts_at_once(setup_env, steps, monkeypatch):
     assert setup_env.main() == 0 and steps == [*STEPS, 'verify']
-    assert setup_env.main() == 0 and len(steps) == 6
+    assert setup_env.main() == 0 and len(steps) == 7
     monkeypatch.setenv('TORCH', '2.11')  # another set
-    assert setup_env.main() == 0 and len(steps) == 12
+    assert setup_env.main() == 0 and len(steps) == 14
     monkeypatch.delenv('TORCH')
-    assert setup_env.main() == 0 and len(steps) == 12
+    assert setup_env.main() == 0 and len(steps) == 14
 
 
 @pytest.mark.parametrize('step', [*STEPS, 'verify'])
@@ -260,11 +269,7 @@ def test_pytorch_comes_from_the_index_that_is_named(setup_env, commands, capsys)
 
 @pytest.mark.parametrize(
     'after, gone',
-    [
-        (dict(MMCV='torchvision'), True),
-        (dict(TORCH='2.11'), True),
-        (dict(TORCH_INDEX_URL='https://here'), False),
-    ],
+    [(dict(MMCV='torchvision'), True), (dict(TORCH='2.11'), True), ({}, False)],
 )
 def test_operators_compiled_for_something_else_go(setup_env, commands, after, gone):
     before = {**CHOICES, 'MMCV': 'compiled'}
@@ -272,8 +277,40 @@ def test_operators_compiled_for_something_else_go(setup_env, commands, after, go
     folder = setup_env.VENV / 'lib' / 'python3.11' / 'site-packages' / 'mmcv'
     folder.mkdir(parents=True)
     (folder / '_ext.cpython-311-x86_64-linux-gnu.so').touch()
-    setup_env.drop_compiled({**before, **after})
+    setup_env.drop_what_stays({**before, **after})
     assert any('uninstall --yes onedl-mmcv' in command for command in commands) is gone
+
+
+def test_a_pytorch_of_another_index_goes(setup_env, commands):
+    setup_env.write_state(CHOICES)
+    setup_env.drop_what_stays(CHOICES)
+    assert not commands
+    setup_env.drop_what_stays({**CHOICES, 'TORCH_INDEX_URL': 'https://here'})
+    assert commands[0].endswith('uninstall --yes torch torchvision')
+
+
+def test_a_folder_of_somebody_else_is_never_touched(setup_env, capsys):
+    (setup_env.VENV / 'thesis.tex').touch()
+    assert setup_env.main() == 1
+    assert 'was not made by set-up: name a new folder' in capsys.readouterr().err
+    assert [path.name for path in setup_env.VENV.iterdir()] == ['thesis.tex']
+
+
+def test_no_name_is_the_default(monkeypatch):
+    monkeypatch.setenv('VENV', '')
+    assert load_tool('setup_env').VENV == ROOT / '.venv'
+
+
+def test_a_failed_download_leaves_what_works(setup_env, steps, monkeypatch, capsys):
+    (setup_env.VENV / 'works').touch()
+    setup_env.write_state(CHOICES)
+
+    def fails(choices):
+        raise setup_env.SetupError('installing failed')
+
+    monkeypatch.setattr(setup_env, 'install', fails)
+    assert setup_env.main() == 1
+    assert (setup_env.VENV / 'works').exists()
 
 
 @pytest.mark.parametrize('fails', ['pip install', 'mmcv_ops', 'pip install --force'])

@@ -224,7 +224,10 @@ def difference(expected: Results, found: Results) -> float:
             return float('inf')
         if not value.is_floating_point():
             worst = max(worst, 0.0 if torch.equal(value, other) else float('inf'))
+        elif not torch.equal(value.isnan(), other.isnan()):
+            return float('inf')
         elif value.numel():
+            value, other = value.nan_to_num(), other.nan_to_num()
             scale = max(1.0, float(value.abs().max()))
             worst = max(worst, float((value - other).abs().max()) / scale)
     return worst

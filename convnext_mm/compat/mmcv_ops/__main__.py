@@ -63,6 +63,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         '--no-deps', action='store_true', help='do not install what mmcv needs'
     )
+    parser.add_argument(
+        '--no-try', action='store_true', help='do not import the operators'
+    )
     args = parser.parse_args(arguments)
     try:
         if args.status:
@@ -70,7 +73,7 @@ def main(arguments: list[str] | None = None) -> int:
         elif args.remove:
             print(remove())
         else:
-            print(install(*['--no-deps'] * args.no_deps))
+            print(install(*['--no-deps'] * args.no_deps, trial=not args.no_try))
     except OperatorsError as error:
         print(f'stopped: {error}', file=sys.stderr)
         return 1
@@ -108,8 +111,12 @@ def status() -> str:
     return f'{folder} has no operators; `{COMMAND}` brings them.'
 
 
-def install(*options: str) -> str:
+def install(*options: str, trial: bool = True) -> str:
     """Installs the operators, and mmcv where there is none.
+
+    Args:
+        *options: For pip, where it installs mmcv.
+        trial: Import the operators in the end.
 
     Returns:
         One sentence on what was done.
@@ -139,6 +146,8 @@ def install(*options: str) -> str:
         write(place.with_name(INSTALLED_MMCV), b'')
     list_as_installed(folder, [place, place.with_name(INSTALLED_MMCV)])
     done = f'operators on torchvision are in {folder}'
+    if not trial:
+        return f'{done}.'
     missing = [name for name in NEEDED if find_spec(name) is None]
     if missing:
         return f'{done}; to import them mmcv needs {", ".join(missing)} as well.'

@@ -23,8 +23,8 @@ from mmengine.logging import print_log
 from torch import Tensor
 from torchvision.ops import deform_conv2d, roi_align
 
-# What torchvision registers has its backward passes on their own: mmcv asks for
-# them apart from the forward pass.
+# What torchvision registers has the backward pass of RoIAlign on its own: mmcv asks
+# for it apart from the forward pass.
 NATIVE = torch.ops.torchvision
 
 __all__ = [
@@ -92,10 +92,6 @@ def announced(operator: Callable) -> Callable:
 def wide(tensor: Tensor) -> Tensor:
     """fp32 for 16 bits, which is more than torchvision's kernels take."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
-def native(name: str) -> Callable:
-    return getattr(NATIVE, name) if hasattr(NATIVE, name) else __getattr__(name)
 
 
 # Non-maximum suppression
@@ -257,7 +253,7 @@ def roi_align_backward(
             )
             (found,) = torch.autograd.grad(pooled, maps, gradient)
     else:
-        found = native('_roi_align_backward')(
+        found = NATIVE._roi_align_backward(
             gradient,
             rois,
             spatial_scale,
@@ -294,13 +290,40 @@ def roi_pool_forward(
     pooled_width: int,
     spatial_scale: float,
 ) -> None:
-    """The largest value of each bin of ``rois`` (K, 5), and where it lies."""
-    if output.numel():
-        pooled, where = native('roi_pool')(
-            wide(input), wide(rois), spatial_scale, pooled_height, pooled_width
-        )
-        output.copy_(pooled)
-        argmax.copy_(where)
+    """The largest value of each bin of ``rois`` (K, 5), and its index in the map; 0
+    and -1 for bins without pixels. torchvision rounds regions to whole pixels first,
+    mmcv their bins."""
+    height, width = input.shape[2:]
+    corners = wide(rois)[:, 1:] * spatial_scale
+    last = (wide(rois)[:, 3:] + 1) * spatial_scale
+    columns = bins(corners[:, 0], last[:, 0], pooled_width, width)
+    rows = bins(corners[:, 1], last[:, 1], pooled_height, height)
+    nothing = (last <= corners[:, :2]).any(1)
+    output.zero_()
+    argmax.fill_(-1)
+    for k, image in enumerate(rois[:, 0].long().tolist()):
+        if nothing[k]:
+            continue
+        maps = wide(input[image])[:, :, None].expand(-1, -1, pooled_width, -1)
+        largest, x = maps.masked_fill(~columns[k], -torch.inf).max(dim=3)
+        # (C, W of the output, H): the first row that holds the largest.
+        largest, x = largest.transpose(1, 2), x.transpose(1, 2)
+        spread = largest[:, None].expand(-1, pooled_height, -1, -1)
+        pooled, y = spread.masked_fill(~rows[k][:, None], -torch.inf).max(dim=3)
+        x = x[:, None].expand_as(spread).gather(3, y[..., None])[..., 0]
+        empty = pooled == -torch.inf
+        output[k] = pooled.masked_fill(empty, 0)
+        argmax[k] = (y * width + x).masked_fill(empty, -1)
+
+
+def bins(start: Tensor, end: Tensor, number: int, size: int) -> Tensor:
+    """(K, number, size): which pixels of a row or column lie in which bin."""
+    step = ((end - start) / number)[:, None]
+    index = torch.arange(number, device=start.device)
+    low = (index * step + start[:, None]).floor()[..., None]
+    high = ((index + 1) * step + start[:, None]).ceil()[..., None]
+    pixel = torch.arange(size, device=start.device)
+    return (pixel >= low) & (pixel < high)
 
 
 @announced
@@ -314,16 +337,15 @@ def roi_pool_backward(
     spatial_scale: float,
 ) -> None:
     """Adds the gradient of the maps to ``grad_input``."""
-    if grad_output.numel():
-        grad_input += native('_roi_pool_backward')(
-            wide(grad_output),
-            wide(rois),
-            argmax,
-            spatial_scale,
-            pooled_height,
-            pooled_width,
-            *grad_input.shape,
-        )
+    channels = grad_input.size(1)
+    found = torch.zeros_like(grad_input, dtype=wide(grad_output).dtype)
+    # By map and channel; what lies nowhere adds 0 to the first pixel.
+    maps = rois[:, :1].long() * channels + torch.arange(channels, device=rois.device)
+    pixels = grad_input[0, 0].numel()
+    index = maps[:, :, None, None] * pixels + argmax.clamp_min(0)
+    values = wide(grad_output) * (argmax >= 0)
+    found.view(-1).index_add_(0, index.flatten(), values.flatten())
+    grad_input += found
 
 
 # Focal loss (arXiv:1708.02002)
