@@ -412,11 +412,11 @@ def test_the_pins_are_all_and_only_what_is_needed():
         if line and not line.startswith('#')
     ]
     needed = {canonical(requirement.name) for requirement in direct}
-    needed |= {'pip', 'setuptools', 'wheel', 'ninja', 'psutil', 'packaging'}  # to build
-    needed |= {'opencv-python-headless'}
+    needed |= {'pip', 'setuptools', 'wheel', 'packaging', 'opencv-python-headless'}
     for name in sorted(needed):
         extras = {e for r in direct if canonical(r.name) == name for e in r.extras}
         needed |= requirements_of(name, tuple(sorted(extras))).keys()
+    needed |= {'ninja', 'psutil'}  # of MMCV=compiled alone; they need nothing
     # PyTorch's wheel requires them by their exact versions itself.
     needed = {n for n in needed if not n.startswith(('nvidia-', 'cuda-'))}
     assert pins == needed
