@@ -166,7 +166,7 @@ def make_torchvision():
 
 
 def make_huggingface(name, version=''):
-    transformers = pytest.importorskip('transformers')
+    transformers = pytest.importorskip('transformers', minversion='4.53')
     config = getattr(transformers, f'ConvNext{version}Config')(
         depths=DEPTHS,
         hidden_sizes=CHANNELS,
@@ -181,7 +181,7 @@ def make_huggingface(name, version=''):
 
 
 def make_huggingface_dinov3():
-    transformers = pytest.importorskip('transformers')
+    transformers = pytest.importorskip('transformers', minversion='4.53')
     config = transformers.DINOv3ConvNextConfig(depths=DEPTHS, hidden_sizes=CHANNELS)
     model = transformers.DINOv3ConvNextModel(config)
 

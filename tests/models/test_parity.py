@@ -62,7 +62,7 @@ def torchvision_model(use_grn):
 
 
 def transformers_model(use_grn):
-    import transformers
+    transformers = pytest.importorskip('transformers', minversion='4.53')
 
     name = 'ConvNextV2' if use_grn else 'ConvNext'
     config = getattr(transformers, f'{name}Config')(
