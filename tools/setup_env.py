@@ -32,7 +32,10 @@ PYTHON = VENV / ('Scripts/python.exe' if os.name == 'nt' else 'bin/python')
 STATE = VENV / 'convnext_mm-setup.json'
 REQUIREMENTS = ROOT / 'requirements'
 OPERATORS = ROOT / 'convnext_mm' / 'compat' / 'mmcv_ops'
-CHOICES = dict(TORCH='2.15', TORCH_INDEX_URL='', MMCV='torchvision')
+# PyTorch 2.15 cannot be installed on Python 3.10.
+TODAY, OLDER = '2.15', '2.11'
+NEWEST = OLDER if sys.version_info < (3, 11) else TODAY
+CHOICES = dict(TORCH=NEWEST, TORCH_INDEX_URL='', MMCV='torchvision')
 CPU_INDEX = 'https://download.pytorch.org/whl/cpu'
 SUPPORTED = ((3, 10), (3, 13))
 DISK_GIB = 8
@@ -113,6 +116,11 @@ def choose() -> dict[str, str]:
         raise SetupError(
             f'there are no proven versions for TORCH={choices["TORCH"]}: take one of '
             f'{", ".join(sorted(sets))}.'
+        )
+    if choices['TORCH'] == TODAY != NEWEST:
+        raise SetupError(
+            f'PyTorch {TODAY} needs Python 3.11 or later, and this is 3.10: take '
+            f'`make setup TORCH={OLDER}`, or another Python with PYTHON=python3.12.'
         )
     if choices['MMCV'] not in ('torchvision', 'compiled'):
         raise SetupError(

@@ -19,6 +19,7 @@ CHOICES = dict(TORCH='2.15', TORCH_INDEX_URL='', MMCV='torchvision')
 
 @pytest.fixture
 def setup_env(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, 'version_info', (3, 11, 7, 'final', 0))
     for name in (*CHOICES, 'VENV', 'CXX'):
         monkeypatch.delenv(name, raising=False)
     module = load_tool('setup_env')
@@ -95,6 +96,18 @@ def test_choices_that_do_not_exist(setup_env, monkeypatch, name, value, message)
     monkeypatch.setenv(name, value)
     with pytest.raises(setup_env.SetupError, match=message):
         setup_env.choose()
+
+
+def test_python_310_gets_the_older_set(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, 'version_info', (3, 10, 13, 'final', 0))
+    monkeypatch.setenv('VENV', str(tmp_path / 'none'))
+    for name in CHOICES:
+        monkeypatch.delenv(name, raising=False)
+    module = load_tool('setup_env')
+    assert module.choose()['TORCH'] == '2.11'
+    monkeypatch.setenv('TORCH', '2.15')
+    with pytest.raises(module.SetupError, match='needs Python 3.11.*TORCH=2.11'):
+        module.choose()
 
 
 def test_what_was_chosen_stays(setup_env, monkeypatch):

@@ -55,7 +55,7 @@ ROWS = {
     1: Row('3.11', TODAY),
     2: Row('3.11', BEFORE),
     3: Row('3.11', ('common.txt',), 'torch==2.4.1 torchvision==0.19.1'),
-    4: Row('3.10', TODAY),
+    4: Row('3.10', BEFORE),
     5: Row('3.12', TODAY),
     6: Row('3.13', TODAY),
     7: Row(
