@@ -13,7 +13,7 @@ JOBS ?= 2
 
 help:
 	@echo "make demo   set up, train a small Mask R-CNN on drawn shapes, show what it finds: 5 minutes"
-	@echo "make demo-long  the same detector, trained four times as long"
+	@echo "make demo-long  the same with four times as many images"
 	@echo "make demo-seg   the same with UPerNet, a segmentor"
 	@echo "make test   set up, run the tests"
 	@echo "make setup  only make .venv with everything in it (TORCH=2.11: older versions)"

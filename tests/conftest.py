@@ -45,8 +45,8 @@ if TorchVersion(torch.__version__) < SAFE_TORCH:
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_call(item):
-        """Tests that need a pickle read skip where no PyTorch is safe enough, but
-        for what reads none."""
+        """The package refuses every pickle with a PyTorch that cannot read them
+        safely: what a test wants to see of one is not to be seen there."""
         try:
             return (yield)
         except Exception as error:

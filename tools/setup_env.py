@@ -261,7 +261,8 @@ def drop_what_stays(choices: dict[str, str]) -> None:
         names.append(MMCV)
     if before.get('TORCH_INDEX_URL', '') != choices['TORCH_INDEX_URL']:
         names += ['torch', 'torchvision']
-    if names and PYTHON.exists():
+    # Without pip make_venv starts anew, and nothing stays.
+    if names and _succeeds('import pip._internal.cli.main'):
         run(
             [*pip('uninstall'), '--yes', *names],
             f'removing {", ".join(names)} failed: delete {VENV.name} and run again.',

@@ -302,6 +302,14 @@ def test_a_pytorch_of_another_index_goes(setup_env, commands):
     assert commands[0].endswith('uninstall --yes torch torchvision')
 
 
+def test_an_environment_without_pip_is_left_to_the_next_step(
+    setup_env, commands, monkeypatch
+):
+    monkeypatch.setattr(setup_env, '_succeeds', lambda code: False)
+    setup_env.drop_what_stays({**CHOICES, 'TORCH_INDEX_URL': 'https://here'})
+    assert not commands
+
+
 def test_a_folder_of_somebody_else_is_never_touched(setup_env, capsys):
     (setup_env.VENV / 'thesis.tex').touch()
     assert setup_env.main() == 1
