@@ -258,6 +258,7 @@ def commands(setup_env, monkeypatch):
 
     monkeypatch.setattr(setup_env, 'subprocess', SimpleNamespace(run=record))
     monkeypatch.setattr(setup_env, 'has_nvidia', lambda: False)
+    monkeypatch.setattr(setup_env, '_succeeds', lambda code: True)
     return ran
 
 
