@@ -201,7 +201,11 @@ class _ProtectedRedirects(HTTPRedirectHandler):
         newurl: str,
     ) -> Request | None:
         _check_protected(newurl)
+        if code == 308:  # Python 3.10 knows only 307, the same but not for ever
+            code = 307
         return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+    http_error_308 = HTTPRedirectHandler.http_error_302
 
 
 def _open(url: str, **headers: str) -> HTTPResponse:
