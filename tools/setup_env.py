@@ -310,7 +310,7 @@ def compile_mmcv(choices: dict[str, str]) -> None:
     that PyTorch asks for; its set-up would name an older one."""
     if _succeeds(CHECK_COMPILED):
         return
-    say('compiling mmcv: 8 minutes on 2 cores')
+    say('compiling mmcv: 10 minutes or more on 2 cores')
     log = VENV / 'mmcv-build.log'
     with tempfile.TemporaryDirectory() as folder:
         pip_install(choices, *map(pinned, ('ninja', 'psutil')))
