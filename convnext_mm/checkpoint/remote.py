@@ -136,7 +136,13 @@ def _because(error: Exception) -> str:
 
 def _fetch_url(url: str) -> Path:
     _check_protected(url)
-    name = unquote(urlsplit(url).path).rsplit('/', 1)[-1] or 'checkpoint'
+    try:
+        name = unquote(urlsplit(url).path).rsplit('/', 1)[-1] or 'checkpoint'
+    except ValueError as error:
+        raise CheckpointDownloadError(
+            f'this is not an address ({error}); one looks like '
+            'https://host/folder/file.pth'
+        ) from error
     name = re.sub(r'[^\w.+-]|^\.+', '_', name, flags=re.ASCII)[-150:]
     # Many files are called model.pth, so each address has its own folder.
     digest = hashlib.sha256(url.encode()).hexdigest()
