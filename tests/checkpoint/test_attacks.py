@@ -18,6 +18,8 @@ import pytest
 import torch
 
 from attacks import GROUPS, HOSTILE, VALID, Source, mutate
+from convnext_mm.checkpoint.reader import SAFE_TORCH
+from repo import at_least
 
 doors = pytest.importorskip('doors')
 pytest.importorskip('mmdet')
@@ -118,7 +120,7 @@ def test_attacks(door, server, record):
                 ('refused',)
                 if group in HOSTILE or 'no config' in door
                 else ('right',)
-                if group in VALID
+                if group in VALID and at_least(SAFE_TORCH)
                 else ENDS
             )
             if outcome not in expected:

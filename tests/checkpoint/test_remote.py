@@ -15,6 +15,7 @@ from pathlib import Path, PurePosixPath
 
 import pytest
 import torch
+from safetensors.torch import save as save_safetensors
 
 from convnext_mm import CheckpointError, load_checkpoint
 from convnext_mm.checkpoint import CheckpointDownloadError, remote
@@ -677,17 +678,16 @@ def run_two(script, folder, *args):
 
 
 @pytest.mark.slow
-def test_one_process_downloads(server, content, weights, tmp_path):
-    server.files['/model.pth'] = content
-    output = run_two(
-        WORKER, tmp_path, f'{server.url}/missing.pth', f'{server.url}/model.pth'
-    )
+def test_one_process_downloads(server, weights, tmp_path):
+    server.files['/model.safetensors'] = save_safetensors(weights)
+    sources = (f'{server.url}/{name}.safetensors' for name in ('missing', 'model'))
+    output = run_two(WORKER, tmp_path, *sources)
     # Where the download fails nobody waits for it.
     assert output.count('CheckpointDownloadError') == 2
     assert output.count(f'loaded {len(weights)};') == 2
     assert [request[:2] for request in server.requests] == [
-        ('GET', '/missing.pth'),
-        ('GET', '/model.pth'),
+        ('GET', '/missing.safetensors'),
+        ('GET', '/model.safetensors'),
     ]
 
 

@@ -51,7 +51,7 @@ def test_no_thread_of_gloo_outlives_a_run(monkeypatch):
         model(torch.rand(1, 2)).sum().backward()
         del model
         if not gloo_threads() and not at_least('2.10'):
-            pytest.skip('threads of gloo have no names in this PyTorch')
+            pytest.skip('PyTorch below 2.10 gives the threads of gloo no names')
         assert gloo_threads()
     assert not torch.distributed.is_initialized()
     assert not gloo_threads()

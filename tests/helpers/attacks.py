@@ -31,6 +31,8 @@ from mmengine.logging import HistoryBuffer
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
+from repo import at_least
+
 Files = Iterator[tuple[str, bytes]]
 Weights = dict[str, Tensor]
 
@@ -1125,16 +1127,17 @@ def unusual(s: Source) -> Files:
         key: part.view(t.shape)
         for (key, t), part in zip(weights.items(), flat.split(sizes))
     }
+    left = dict(fp8=torch.ones(3).to(torch.float8_e4m3fn))
+    if at_least('2.10'):  # 2.4 cannot save it
+        left['uint16'] = torch.ones(3, dtype=torch.uint16)
     for name, content in dict(
         plain=s.content(),
         views_of_one_buffer=s.content(views),
         parameters=s.content({k: torch.nn.Parameter(t) for k, t in weights.items()}),
-        fp8_leftover=s.content(
-            {**weights, 'head.x': torch.ones(3).to(torch.float8_e4m3fn)}
-        ),
-        uint16_leftover=s.content(
-            {**weights, 'head.x': torch.ones(3, dtype=torch.uint16)}
-        ),
+        **{
+            f'{name}_leftover': s.content({**weights, 'head.x': tensor})
+            for name, tensor in left.items()
+        },
         double=s.content({k: t.double() for k, t in weights.items()}),
         path=s.content(
             args=argparse.Namespace(
@@ -1167,7 +1170,8 @@ def unusual(s: Source) -> Files:
             six = dict(model=six)
         yield 'six-wrappers', zipped(six)
         yield 'expanded', zipped(constant)
-    yield 'without-checksums', _without_checksums(s.content())
+    if at_least('2.10'):  # 2.4 cannot leave them out
+        yield 'without-checksums', _without_checksums(s.content())
     if s.run is None:
         yield 'safetensors', s.safetensors()
 

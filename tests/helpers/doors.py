@@ -23,6 +23,7 @@ from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS, MODELS, init_default_scope
 from PIL import Image
+from safetensors.torch import save_file
 from torch import Tensor
 
 import convnext_mm
@@ -308,8 +309,9 @@ def make_world(folder: Path) -> dict[str, dict]:
         init_default_scope(cfg.default_scope)
         model = toys.randomise(MODELS.build(cfg.model))
         model.backbone.load_state_dict(checkpoints['backbone'])
-        path = folder / f'first_{name}.pth'
-        torch.save(dict(state_dict=model.state_dict()), path)
+        # Which every PyTorch reads safely.
+        path = folder / f'first_{name}.safetensors'
+        save_file(model.state_dict(), path)
         train.main(
             [
                 str(folder / f'{name}.py'),

@@ -59,10 +59,10 @@ def __getattr__(name: str) -> Callable:
     def missing(*args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError(
             f"mmcv's operator {name!r} is not among those that convnext_mm brings on "
-            'torchvision. Compile mmcv to have it: `make setup '
-            'MMCV=compiled` in a checkout of convnext_mm; elsewhere, with PyTorch up '
-            'to 2.11, setuptools 80 and a C++ compiler, `pip uninstall` the mmcv that '
-            'is there and `pip install --no-build-isolation --no-cache-dir --no-deps '
+            'torchvision. Compile mmcv to have it: `make setup MMCV=compiled` in a '
+            'checkout of convnext_mm; elsewhere, with PyTorch up to 2.11, setuptools '
+            '80 and a C++ compiler, `pip uninstall` the mmcv that is there and'
+            ' `pip install --no-build-isolation --no-cache-dir --no-deps '
             'onedl-mmcv==2.3.6`.'
         )
 
@@ -275,8 +275,8 @@ def check_average(pool_mode: int) -> None:
         raise NotImplementedError(
             "RoIAlign with pool_mode='max' is not offered by torchvision, which "
             "stands in for mmcv's compiled operators here: take pool_mode='avg' (the "
-            'published one), RoIPool, or compile mmcv (`make setup '
-            'MMCV=compiled` in a checkout of convnext_mm).'
+            'published one), RoIPool, or compile mmcv (`make setup MMCV=compiled` '
+            'in a checkout of convnext_mm).'
         )
 
 
