@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import Any
 
 from mmengine.registry import HOOKS as ROOT_HOOKS
+from mmengine.registry import LOOPS as ROOT_LOOPS
 from mmengine.registry import MODELS as ROOT_MODELS
 from mmengine.registry import (
     OPTIM_WRAPPER_CONSTRUCTORS as ROOT_OPTIM_WRAPPER_CONSTRUCTORS,
@@ -22,6 +23,7 @@ SCOPE = 'convnext_mm'
 
 MODELS = Registry('model', parent=ROOT_MODELS, scope=SCOPE, locations=['convnext_mm'])
 HOOKS = Registry('hook', parent=ROOT_HOOKS, scope=SCOPE, locations=['convnext_mm'])
+LOOPS = Registry('loop', parent=ROOT_LOOPS, scope=SCOPE, locations=['convnext_mm'])
 OPTIM_WRAPPERS = Registry(
     'optimizer wrapper',
     parent=ROOT_OPTIM_WRAPPERS,

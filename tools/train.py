@@ -29,7 +29,13 @@ def parse_args(argv=None) -> argparse.Namespace:
         const='auto',
         metavar='CHECKPOINT',
         help='go on from this checkpoint; without a path, or with "auto", '
-        'from the latest one in the work folder',
+        'from the newest one in the work folder that can be read',
+    )
+    parser.add_argument(
+        '--overwrite',
+        action='store_true',
+        help='delete the checkpoints of another run in the work folder (with '
+        '--resume CHECKPOINT, the newer ones)',
     )
     parser.add_argument(
         '--profile',

@@ -15,6 +15,7 @@ from mmengine.config import Config, DictAction
 
 from convnext_mm.checkpoint import CheckpointError
 from convnext_mm.datasets.data_check import DataError
+from convnext_mm.engine.agreement import Interrupted
 from convnext_mm.engine.errors import ConfigError
 
 LAUNCHERS = ('none', 'pytorch', 'slurm', 'mpi')
@@ -152,8 +153,11 @@ def _replace_prefix(node: Any, old: str, new: str) -> Any:
 @contextlib.contextmanager
 def short_errors() -> Iterator[None]:
     """Ends the program with one sentence, not a traceback, on a wrong setting,
-    bad data and a checkpoint that cannot be used."""
+    bad data and a checkpoint that cannot be used; says what a signal ended."""
     try:
         yield
     except (CheckpointError, ConfigError, DataError) as error:
         raise SystemExit(f'error: {error}') from None
+    except Interrupted as stop:
+        print(stop.message, file=sys.stderr)
+        raise

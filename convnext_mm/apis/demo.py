@@ -62,6 +62,7 @@ def run_demo(config: str, goals: dict[str, float], **options: Any) -> bool:
     """
     start = time.time()
     cfg = load_config(config, **options)
+    cfg.overwrite = True  # a demo starts from the beginning
     draw_data(Path(cfg.data_root))
     fit_to_device(cfg)
     check_data(cfg, ['train_dataloader', 'val_dataloader'])

@@ -21,6 +21,7 @@ def prepare(
     auto_scale_lr: bool = False,
     resume: str | None = None,
     profile: int | None = None,
+    overwrite: bool = False,
     **options: Any,
 ) -> Config:
     """The config to train, checked and fitted to the machine.
@@ -34,6 +35,8 @@ def prepare(
         resume: Checkpoint to go on from; ``'auto'``: the latest one in the
             work folder.
         profile: Profile so many steps, then stop.
+        overwrite: Delete the checkpoints of another run in the work folder; with
+            ``resume``, the newer ones.
         **options: Of :func:`convnext_mm.apis.config.load_config`.
 
     Raises:
@@ -66,6 +69,7 @@ def prepare(
         # Neither validation nor a checkpoint between the steps.
         cfg.train_cfg.val_interval = sys.maxsize
         cfg.setdefault('default_hooks', {})['checkpoint'] = None
+    cfg.overwrite = overwrite
     fit_to_device(cfg)
     check_data(cfg, ['train_dataloader', 'val_dataloader'])
     return cfg

@@ -35,6 +35,10 @@ class CheckpointDownloadError(CheckpointError):
     """A remote checkpoint could not be fetched."""
 
 
+class CheckpointWriteError(CheckpointError):
+    """A checkpoint could not be written."""
+
+
 @contextmanager
 def naming(source: object) -> Iterator[None]:
     """Puts the name of a checkpoint before the message of an error about it."""

@@ -113,7 +113,7 @@ def load_state_dict(
 
     Raises:
         CheckpointMismatchError: ``state_dict`` has no weights, or not all, for
-            a ConvNeXt in ``module``.
+            a ConvNeXt in ``module``; or, where it is strict, other names or shapes.
     """
     try:
         _load_state_dict(module, state_dict, *args, **kwargs)
@@ -129,6 +129,12 @@ def load_state_dict(
         )
         raise CheckpointMismatchError(
             f'loading {type(module).__name__}: {error}; {advice}'
+        ) from error
+    except RuntimeError as error:  # MMEngine's, where it is strict
+        _, *lines = filter(None, map(str.strip, str(error).splitlines()))
+        raise CheckpointMismatchError(
+            f'its weights are not those of {type(module).__name__}: '
+            + '; '.join(shown(line) for line in lines[:4])
         ) from error
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import os
+import traceback
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,6 +14,7 @@ from mmengine.logging import print_log
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner as MMEngineRunner
 
+from .agreement import Interrupted
 from .runner import Runner
 
 GPUS = ('cuda', 'npu', 'mlu', 'musa')
@@ -97,8 +99,16 @@ def process_group(cfg: Config) -> Iterator[None]:
         if get_device() == 'cpu':
             # MMEngine's start of a process group selects a CUDA device.
             torch.distributed.init_process_group('gloo')
-    yield
+    try:
+        yield
+    except Interrupted:  # all processes together
+        _end_process_group(cfg)
+        raise
     # Not after an error: the other processes may wait in a collective.
+    _end_process_group(cfg)
+
+
+def _end_process_group(cfg: Config) -> None:
     if cfg.launcher != 'none' and torch.distributed.is_initialized():
         gc.collect()
         torch.distributed.destroy_process_group()
@@ -108,12 +118,17 @@ def process_group(cfg: Config) -> Iterator[None]:
 def running(cfg: Config) -> Iterator[MMEngineRunner]:
     """The runner of a config, inside its :func:`process_group`.
 
-    After a block without error the runner is empty, and the processes that
-    loaded its data have ended.
+    After a block without error, or one that a signal ended, the runner is empty,
+    and the processes that loaded its data have ended.
     """
     with process_group(cfg):
         runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
-        yield runner
+        try:
+            yield runner
+        except Interrupted as error:
+            traceback.clear_frames(error.__traceback__)
+            vars(runner).clear()
+            raise
         # Its parts hold it. A data loader that is found among garbage has lost
         # the queues through which it ends its processes, and waits 5 seconds
         # for each.

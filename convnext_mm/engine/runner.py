@@ -1,15 +1,29 @@
 """A runner whose checkpoints are read safely and fit their model, and whose
 data is checked as it is built."""
 
+import functools
+import os
 import re
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import mmengine
 import torch
 import torch.distributed
-from mmengine.hooks import CheckpointHook
-from mmengine.runner import EpochBasedTrainLoop
+from mmengine.dataset import InfiniteSampler
+from mmengine.dist import broadcast_object_list, get_world_size, is_main_process
+from mmengine.fileio import join_path
+from mmengine.hooks import CheckpointHook as MMEngineCheckpointHook
+from mmengine.hooks import Hook
+from mmengine.model import is_model_wrapper
+from mmengine.runner import BaseLoop, save_checkpoint
+from mmengine.runner import EpochBasedTrainLoop as MMEngineEpochBasedTrainLoop
+from mmengine.runner import IterBasedTrainLoop as MMEngineIterBasedTrainLoop
 from mmengine.runner import Runner as MMEngineRunner
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from convnext_mm.checkpoint import (
@@ -18,14 +32,129 @@ from convnext_mm.checkpoint import (
     CheckpointMismatchError,
 )
 from convnext_mm.checkpoint.errors import shown
+from convnext_mm.checkpoint.write import BackgroundWriter
 from convnext_mm.datasets.data_check import check_dataset, explain_failure, leaf_configs
+
+from .errors import ConfigError
+from .hooks import CheckpointHook
+from .loops import EpochBasedTrainLoop, IterBasedTrainLoop
+from .settings import changes, check_changes, flatten
+from .work_folder import (
+    check_newest,
+    check_unused,
+    clear,
+    locked,
+    newest_valid,
+    pointed_at,
+)
+
+# MMEngine's, as a config may name them, and ours.
+TRAIN_LOOPS: dict[Any, type] = {
+    name: ours
+    for theirs, ours in (
+        (MMEngineEpochBasedTrainLoop, EpochBasedTrainLoop),
+        (MMEngineIterBasedTrainLoop, IterBasedTrainLoop),
+    )
+    for name in (theirs, theirs.__name__, f'mmengine.{theirs.__name__}')
+}
+CHECKPOINT_HOOKS = (MMEngineCheckpointHook, 'CheckpointHook', 'mmengine.CheckpointHook')
+
+
+class _LooksAtState(Hook):
+    """Sees a checkpoint before the model does."""
+
+    priority = 'VERY_LOW'  # the hook of averaged weights exchanges them
+
+    def after_load_checkpoint(self, runner: Any, checkpoint: dict) -> None:
+        """Checks changed settings, and takes what may differ from the model."""
+        runner.note_meta(checkpoint.get('meta') or {})
+        runner.fill_allowed(checkpoint.get('state_dict', checkpoint))
 
 
 class Runner(MMEngineRunner):
     """MMEngine's runner; bad data and a checkpoint that does not fit stop it
-    with a sentence. Everything that it stores resumes: weights, optimizer,
-    schedulers, message hub.
+    with a sentence, and what it saves resumes as if nothing had happened:
+    weights, optimizer, schedulers, message hub, and the place in the data.
+
+    MMEngine's ``CheckpointHook`` and training loops become ours of these names.
+    What is resumed or tested must have every weight of the model and no other,
+    but for names that begin with one of the config's ``allow_state_keys``.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.writer = BackgroundWriter()
+        self.skipped_in_a_row = 0  # steps, up to now
+        self.saves_together = False  # whether processes share the state
+        self._is_strict = False
+        self._loaded_meta: dict[str, Any] = {}
+        super().__init__(*args, **kwargs)
+        self.register_hook(_LooksAtState())
+
+    def train(self) -> nn.Module:
+        """As MMEngine's, with the work folder to itself.
+
+        Raises:
+            ConfigError: The folder belongs to another run, or holds checkpoints
+                and the run neither goes on from the newest nor overwrites them.
+        """
+        with ExitStack() as stack:
+            problem: list[str | None] = [None]
+            if is_main_process():
+                try:
+                    stack.enter_context(locked(self.work_dir))
+                    self._start_in_folder()
+                except ConfigError as error:
+                    problem[0] = str(error)
+            broadcast_object_list(problem)  # all end, or none
+            if problem[0] is not None:
+                raise ConfigError(problem[0])
+            for hook in self.hooks:
+                if isinstance(hook, CheckpointHook):
+                    stack.callback(hook.restore_signals)
+            return super().train()
+
+    def _start_in_folder(self) -> None:
+        """
+        Raises:
+            ConfigError: It holds checkpoints that this run would mix with.
+        """
+        folder, source = self.checkpoint_folder, self._load_from
+        saves = any(isinstance(hook, CheckpointHook) for hook in self.hooks)
+        if not saves or (self._resume and source is None):
+            return
+        start = Path(source) if self._resume and source else None
+        if self.cfg.get('overwrite'):
+            clear(folder, keep=start)
+        elif start:
+            check_newest(start, folder)
+        else:
+            check_unused(folder)
+
+    def test(self) -> dict:
+        """As MMEngine's; the checkpoint must have what the model has."""
+        self._is_strict = True
+        return super().test()
+
+    def val(self) -> dict:
+        """As MMEngine's; the checkpoint must have what the model has."""
+        self._is_strict = True
+        return super().val()
+
+    def register_hook(self, hook: Hook | dict, priority: Any = None) -> None:
+        """As MMEngine's; its checkpoint hook is ours."""
+        if isinstance(hook, dict) and hook.get('type') in CHECKPOINT_HOOKS:
+            hook = dict(hook, type=CheckpointHook)
+        super().register_hook(hook, priority)
+
+    def build_train_loop(self, loop: BaseLoop | dict) -> BaseLoop:
+        """As MMEngine's; its loops are ours."""
+        if isinstance(loop, dict):
+            loop = dict(loop)
+            if 'by_epoch' in loop and 'type' not in loop:
+                by_epoch = loop.pop('by_epoch')
+                loop['type'] = f'{"Epoch" if by_epoch else "Iter"}BasedTrainLoop'
+            loop['type'] = TRAIN_LOOPS.get(loop.get('type'), loop.get('type'))
+        return super().build_train_loop(loop)
 
     def build_dataloader(
         self, dataloader: DataLoader | dict, *args: Any, **kwargs: Any
@@ -46,17 +175,30 @@ class Runner(MMEngineRunner):
         return loader
 
     def load_or_resume(self) -> None:
-        """As MMEngine's.
+        """As MMEngine's; without a name, the newest checkpoint of the work folder
+        that can be read.
 
         Raises:
             CheckpointError: The checkpoint cannot be read, is not safe, has not
                 all weights of a ConvNeXt backbone, or, to resume, no state of a
                 training run like this one.
         """
-        what = shown(self._load_from or self.work_dir)
+        if self._has_loaded:
+            return
+        source = self._load_from
+        if self._resume and source is None:
+            source = newest_valid(self.checkpoint_folder) or pointed_at(self.work_dir)
+            if source is None:
+                self.logger.warning(
+                    f'{self.checkpoint_folder} holds no checkpoint: training starts '
+                    'from the beginning.'
+                )
+        if source is None:
+            return
+        what = shown(source)
         try:
-            super().load_or_resume()
-        except (torch.cuda.OutOfMemoryError, torch.distributed.DistError):
+            (self.resume if self._resume else self.load_checkpoint)(str(source))
+        except (torch.cuda.OutOfMemoryError, torch.distributed.DistError, ConfigError):
             raise  # no fault of the file
         except CheckpointError as error:
             if what in str(error):
@@ -75,22 +217,61 @@ class Runner(MMEngineRunner):
                 f'({type(error).__name__}: {shown(error)})'
             ) from error
 
-    def resume(self, *args: Any, **kwargs: Any) -> None:
-        """As MMEngine's; which best checkpoint the next better one replaces is
-        found in the work folder: paths in a checkpoint are not followed.
+    def load_checkpoint(
+        self,
+        filename: str,
+        map_location: Any = 'cpu',
+        strict: bool = False,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """As MMEngine's; strict where a run resumes or a model is tested.
 
         Raises:
-            CheckpointMismatchError: It is from beyond the end of this run.
+            CheckpointMismatchError: Names are missing or unexpected, or shapes
+                differ.
         """
+        strict = strict or self._is_strict
+        try:
+            return super().load_checkpoint(filename, map_location, strict, **kwargs)
+        except CheckpointMismatchError as error:
+            if not strict or 'its weights are not those' not in str(error):
+                raise
+            raise CheckpointMismatchError(
+                f'{error}; give the config that it was trained with, or name what '
+                'may differ: --cfg-options allow_state_keys="[\'auxiliary_head\']"'
+            ) from error
+
+    @property
+    def checkpoint_folder(self) -> str:
+        """Where this run's checkpoints lie."""
+        out_dir = next(
+            (h.out_dir for h in self.hooks if isinstance(h, CheckpointHook)), None
+        )
+        if out_dir in (None, self.work_dir):
+            return self.work_dir
+        return os.path.join(out_dir, os.path.basename(self.work_dir.rstrip('/')))
+
+    def resume(self, *args: Any, **kwargs: Any) -> None:
+        """As MMEngine's, at the sample where it was left; which best checkpoint the
+        next better one replaces is found in the work folder: paths in a checkpoint
+        are not followed. Changed settings are listed.
+
+        Raises:
+            CheckpointMismatchError: It is from beyond the end of this run, or a
+                setting has changed that a resumed run would not follow.
+        """
+        self._is_strict = True
         super().resume(*args, **kwargs)
         loop = self.train_loop
-        unit = 'epoch' if isinstance(loop, EpochBasedTrainLoop) else 'iter'
+        unit = 'epoch' if isinstance(loop, MMEngineEpochBasedTrainLoop) else 'iter'
         end = getattr(loop, f'max_{unit}s', self.iter)
         if getattr(self, unit) > end:
             raise CheckpointMismatchError(
                 f'it was saved after {unit} {getattr(self, unit)}, and this '
                 f'run ends at {end}: raise train_cfg.max_{unit}s'
             )
+        if hasattr(loop, 'position'):
+            self._go_to_position(loop)
         for hook in self.hooks:
             if not isinstance(hook, CheckpointHook) or not hook.save_best:
                 continue
@@ -101,6 +282,177 @@ class Runner(MMEngineRunner):
                     self.message_hub.update_info(
                         f'best_ckpt_{key}' if several else 'best_ckpt', str(best)
                     )
+
+    def note_meta(self, meta: dict[str, Any]) -> None:
+        """Lists the settings that changed since a checkpoint to resume.
+
+        Raises:
+            CheckpointMismatchError: One that a resumed run would not follow.
+        """
+        self._loaded_meta = meta
+        before = meta.get('settings')
+        if not self._resume or not isinstance(before, dict):
+            return
+        changed = changes(before, flatten(self.cfg._cfg_dict))
+        check_changes(changed)
+        for name, (old, new) in changed.items():
+            self.logger.info(
+                f'Changed since it was saved: {shown(name)} was {shown(old, 80)}, '
+                f'is {shown(new, 80)}.'
+            )
+
+    def fill_allowed(self, state_dict: dict[str, Tensor]) -> None:
+        """Makes what ``allow_state_keys`` names as the model has it, in place."""
+        prefixes = self.cfg.get('allow_state_keys') or ()
+        allowed = tuple([prefixes] if isinstance(prefixes, str) else prefixes)
+        if not (self._is_strict and allowed):
+            return
+        own = self._bare_model.state_dict()
+        for name in {*own, *state_dict}:
+            if name.removeprefix('module.').startswith(allowed):
+                if name in own:
+                    state_dict[name] = own[name]
+                else:
+                    del state_dict[name]
+
+    def _go_to_position(self, loop: Any) -> None:
+        """Where the checkpoint that is resumed was in its data."""
+        state = self._loaded_meta.get('position')
+        if state is None:  # of MMEngine's runner
+            batches = len(loop.dataloader)
+            number, taken = self.epoch, self.iter - self.epoch * batches
+            if isinstance(loop, IterBasedTrainLoop):
+                endless = isinstance(loop.dataloader.sampler, InfiniteSampler)
+                number, taken = (
+                    (0, self.iter) if endless else divmod(self.iter, batches)
+                )
+            elif not 0 <= taken < batches:
+                taken = 0
+            state = dict(loop.position.state_dict(), round=number, taken=taken)
+        samples = loop.position.load_state_dict(state, self.seed)
+        before = state['world_size'] * state['batch_size']
+        now = get_world_size() * loop.position.batch_size
+        if before == now and state['world_size'] == get_world_size():
+            return
+        if isinstance(loop, EpochBasedTrainLoop):
+            self._check_schedules(before, now)
+            loop._iter = loop.epoch * len(loop.dataloader) + loop.position.taken
+        self.logger.info(
+            f'Saved with {state["world_size"]} processes of {state["batch_size"]} '
+            f'images, now {get_world_size()} of {loop.position.batch_size}: goes on '
+            f'behind sample {samples} of round {state["round"]}'
+            + (
+                f', of which the last {samples % now} come again.'
+                if samples % now
+                else '.'
+            )
+        )
+
+    def _check_schedules(self, before: int, now: int) -> None:
+        """
+        Raises:
+            CheckpointMismatchError: A schedule counts iterations, of which an epoch
+                has another number now.
+        """
+        schedulers = self.param_schedulers or []
+        running = [
+            type(scheduler).__name__
+            for scheduler in schedulers
+            if not scheduler.by_epoch and scheduler.end > scheduler.last_step
+        ]
+        if before != now and running:
+            raise CheckpointMismatchError(
+                f'it was saved with {before} images a step over all processes, and '
+                f'now there are {now}; {running[0]} counts steps, of which an epoch '
+                'has another number now: keep the product of processes and '
+                'train_dataloader.batch_size'
+            )
+
+    def save_checkpoint(
+        self,
+        out_dir: str,
+        filename: str,
+        file_client_args: dict | None = None,
+        save_optimizer: bool = True,
+        save_param_scheduler: bool = True,
+        meta: dict | None = None,
+        by_epoch: bool = True,
+        backend_args: dict | None = None,
+        then: Callable[[], None] = lambda: None,
+    ) -> None:
+        """As MMEngine's; written by a thread of its own, as a whole or not at all.
+
+        Args:
+            out_dir, filename: Where to.
+            file_client_args, backend_args: Of a disk that is not mounted; there it
+                is written at once.
+            save_optimizer, save_param_scheduler, meta, by_epoch: MMEngine's.
+            then: Called when the file is in its place.
+
+        Raises:
+            CheckpointWriteError: It, or the one before, could not be written.
+        """
+        content = self.training_state(save_optimizer, save_param_scheduler)
+        content['meta'] = {
+            'epoch': self.epoch + 1 if by_epoch else self.epoch,
+            'iter': self.iter if by_epoch else self.iter + 1,
+            **(meta or {}),
+            **content['meta'],
+        }
+        if not is_main_process():
+            return
+        self.call_hook('before_save_checkpoint', checkpoint=content)
+        path = join_path(out_dir, filename, backend_args=backend_args)
+        if file_client_args is None and backend_args is None and '://' not in path:
+            self.writer.write(content, Path(path), then)
+        else:
+            save_checkpoint(content, path, file_client_args, backend_args)
+            then()
+
+    def training_state(
+        self, save_optimizer: bool = True, save_param_scheduler: bool = True
+    ) -> dict[str, Any]:
+        """What a checkpoint holds, in MMEngine's layout; its ``meta`` has the place
+        in the data and the settings as well."""
+        meta = dict(
+            cfg=self._config_text,
+            settings=self._settings,
+            seed=self.seed,
+            experiment_name=self.experiment_name,
+            time=time.strftime('%Y%m%d_%H%M%S'),
+            mmengine_version=mmengine.__version__,
+        )
+        if hasattr(self.train_dataloader.dataset, 'metainfo'):
+            meta['dataset_meta'] = self.train_dataloader.dataset.metainfo
+        if hasattr(self.train_loop, 'position'):
+            meta['position'] = self.train_loop.position.state_dict()
+        state = dict(
+            meta=meta,
+            state_dict=self._bare_model.state_dict(),
+            message_hub=self.message_hub.state_dict(),
+        )
+        if save_optimizer:
+            state['optimizer'] = self.optim_wrapper.state_dict()
+        schedulers = self.param_schedulers
+        if save_param_scheduler and schedulers is not None:
+            state['param_schedulers'] = (
+                {k: [s.state_dict() for s in v] for k, v in schedulers.items()}
+                if isinstance(schedulers, dict)
+                else [s.state_dict() for s in schedulers]
+            )
+        return state
+
+    @property
+    def _bare_model(self) -> nn.Module:
+        return self.model.module if is_model_wrapper(self.model) else self.model
+
+    @functools.cached_property
+    def _config_text(self) -> str:
+        return self.cfg.pretty_text
+
+    @functools.cached_property
+    def _settings(self) -> dict[str, str]:
+        return flatten(self.cfg._cfg_dict)
 
     def _best_checkpoint(self, hook: CheckpointHook, key: str) -> Path | None:
         """The newest best one of a metric in the work folder that this run saved

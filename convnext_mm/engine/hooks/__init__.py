@@ -1,5 +1,7 @@
 """Hooks of MMEngine's runner."""
 
+from .checkpoint_hook import CheckpointHook
+from .gradient_check_hook import GradientCheckHook
 from .profile_hook import ProfileFinished, StepProfilerHook
 
-__all__ = ['ProfileFinished', 'StepProfilerHook']
+__all__ = ['CheckpointHook', 'GradientCheckHook', 'ProfileFinished', 'StepProfilerHook']

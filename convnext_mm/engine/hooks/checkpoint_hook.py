@@ -1,0 +1,298 @@
+"""Saving that no fault of a disk or a machine turns into a loss."""
+
+import os
+import signal
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from mmengine.dist import is_main_process
+from mmengine.hooks import CheckpointHook as MMEngineCheckpointHook
+
+from convnext_mm.checkpoint.errors import CheckpointWriteError
+from convnext_mm.checkpoint.write import write_text
+from convnext_mm.engine.agreement import Agreement, Interrupted, StopSignals
+from convnext_mm.engine.work_folder import AUTOSAVE, POINTER, checkpoints, progress
+from convnext_mm.registry import HOOKS
+
+RETRY_SECONDS = 60
+
+
+class _RemovesLater:
+    """A file backend that keeps in mind what it is to remove until it may."""
+
+    def __init__(self, backend: Any) -> None:
+        self._backend = backend
+        self._doomed: list[tuple[Callable[[str], None], str]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._backend, name)
+
+    def remove(self, path: str) -> None:
+        self._doomed.append((self._backend.remove, path))
+
+    def rmtree(self, path: str) -> None:
+        self._doomed.append((self._backend.rmtree, path))
+
+    def take(self) -> list[tuple[Callable[[str], None], str]]:
+        doomed, self._doomed = self._doomed, []
+        return doomed
+
+
+@HOOKS.register_module()
+class CheckpointHook(MMEngineCheckpointHook):
+    """MMEngine's, which loses nothing.
+
+    A checkpoint is written beside its place by a thread that has a copy, verified
+    and moved there; only then the pointer to it changes and an older one goes.
+    Besides those of ``interval`` there is one every few minutes,
+    ``autosave_iter_N.pth``, of which the newest is kept. On SIGTERM, SIGUSR1 and
+    SIGINT all processes save at the end of the same step and exit with status 75.
+    With gradient accumulation a checkpoint waits until the weights change. While
+    steps are skipped (see :class:`.NonFiniteHook`) it waits too, and nothing is
+    deleted.
+
+    Where a disk refuses, that is a warning; training goes on and tries again every
+    minute.
+
+    Args:
+        autosave_minutes: Longest time between two checkpoints of any kind; None:
+            only those of ``interval``.
+        give_up_minutes: Ends the run when so long nothing could be saved.
+        **kwargs: MMEngine's.
+
+    Raises:
+        CheckpointWriteError: Nothing could be saved for ``give_up_minutes``.
+        Interrupted: A signal ended the run.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        autosave_minutes: float | None = 15,
+        give_up_minutes: float = 60,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.autosave_seconds = 60 * (autosave_minutes or float('inf'))
+        self.give_up_seconds = 60 * give_up_minutes
+        self._signals: StopSignals | None = None
+        self._stopping = 0  # the signal
+        self.file_backend: Any = None
+        self._due: tuple[int, dict[str, int]] | None = None  # step, meta
+        self._attempt: tuple[str, dict[str, int]] | None = None  # file name, meta
+        self._failing_since: float | None = None
+        self._saved_at = self._tried_at = time.monotonic()
+
+    def before_train(self, runner: Any) -> None:
+        """Starts to listen to signals."""
+        super().before_train(runner)
+        self.file_backend = _RemovesLater(self.file_backend)
+        self._signals = StopSignals()
+        self._agreement = Agreement(2)
+        self._saved_at = self._tried_at = time.monotonic()
+
+    def after_train_iter(
+        self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None
+    ) -> None:
+        """Saves where it is time to."""
+        if self._signals is None:
+            return
+        is_last = self.is_last_train_iter(runner)
+        if not self.by_epoch and (
+            self.every_n_train_iters(runner, self.interval, self.save_begin)
+            or (self.save_last and is_last)
+        ):
+            self._due = runner.iter + 1, dict(epoch=runner.epoch)
+        autosave, stop = self._agreement.exchange(
+            [self._is_time(), self._signals.received]
+        )
+        self._stopping = self._stopping or stop
+        self._try(runner, runner.writer.check)
+        if not runner.optim_wrapper.should_update():
+            return  # gradients are pending, which no checkpoint has
+        done = runner.iter + 1
+        if self._due and (is_last or self._stopping or not runner.skipped_in_a_row):
+            step, meta = self._due
+            self._save_checkpoint_with_step(
+                runner, step if self.by_epoch else done, dict(meta, iter=done)
+            )
+        elif self._stopping or (autosave and not runner.skipped_in_a_row):
+            self._autosave(runner, runner.epoch, done)
+        if self._stopping:
+            self._stop(runner, done)
+
+    def after_train_epoch(self, runner: Any) -> None:
+        """Saves where it is time to."""
+        if self.by_epoch and (
+            self.every_n_epochs(runner, self.interval, self.save_begin)
+            or (self.save_last and self.is_last_train_epoch(runner))
+        ):
+            step = runner.epoch + 1
+            self._save_checkpoint_with_step(
+                runner, step, dict(epoch=step, iter=runner.iter)
+            )
+
+    def after_val_iter(
+        self,
+        runner: Any,
+        batch_idx: int,
+        data_batch: Any = None,
+        outputs: Sequence | None = None,
+    ) -> None:
+        """A signal cuts validation off; it comes again when the run resumes. Who is
+        how far in it nobody knows, so the process that saves decides."""
+        if self._signals is None or not self._signals.received:
+            return
+        if is_main_process() and not runner.saves_together:
+            self._stopping = self._signals.received
+            if runner.optim_wrapper.should_update():
+                self._autosave(runner, runner.epoch, runner.iter)
+            self._stop(runner, runner.iter, alone=True)
+
+    def after_train(self, runner: Any) -> None:
+        """Waits until everything is written, however long a full disk takes."""
+        self._try(runner, runner.writer.wait)
+        while self._failing_since is not None:
+            time.sleep(min(RETRY_SECONDS, self.give_up_seconds))
+            self._retry(runner)
+        self._agreement.finish()
+        self.restore_signals()
+        super().after_train(runner)
+
+    def _retry(self, runner: Any) -> None:
+        if self._attempt is not None:
+            self._write(runner, *self._attempt)
+            self._try(runner, runner.writer.wait)
+
+    def restore_signals(self) -> None:
+        """Stops listening."""
+        if self._signals is not None:
+            self._signals.restore()
+            self._signals = None
+
+    def _is_time(self) -> bool:
+        now = time.monotonic()
+        if self._failing_since is not None:
+            return now - self._tried_at > RETRY_SECONDS
+        return now - self._saved_at > self.autosave_seconds
+
+    def _save_checkpoint_with_step(
+        self, runner: Any, step: int, meta: dict[str, int]
+    ) -> None:
+        """MMEngine's, which deletes first and waits for the disk."""
+        if not runner.optim_wrapper.should_update():  # after a validation
+            self._due = step, meta
+            return
+        self._due = None
+        name = self.filename_tmpl.format(step)
+        self.last_ckpt = self.file_backend.join_path(self.out_dir, name)
+        runner.message_hub.update_info('last_ckpt', self.last_ckpt)
+        if self.max_keep_ckpts > 0 and not runner.skipped_in_a_row:
+            ids = [*(i for i in self.keep_ckpt_ids if i != step), step]
+            for old in ids[: -self.max_keep_ckpts]:
+                path = self.file_backend.join_path(
+                    self.out_dir, self.filename_tmpl.format(old)
+                )
+                if self.file_backend.isfile(path):
+                    self.file_backend.remove(path)
+            self.keep_ckpt_ids.clear()
+            self.keep_ckpt_ids.extend(ids[-self.max_keep_ckpts :])
+            runner.message_hub.update_info('keep_ckpt_ids', list(self.keep_ckpt_ids))
+        self._write(runner, name, meta)
+
+    def _save_best_checkpoint(self, runner: Any, metrics: dict) -> None:
+        self._try(
+            runner,
+            lambda: super(CheckpointHook, self)._save_best_checkpoint(runner, metrics),
+        )
+
+    def _autosave(self, runner: Any, epoch: int, done: int) -> None:
+        if not self.by_epoch or not runner.train_loop.position.taken:
+            same = self.filename_tmpl.format(epoch if self.by_epoch else done)
+            if Path(self.out_dir, same).is_file():
+                return
+        count = f'epoch_{epoch}_iter_{done}' if self.by_epoch else f'iter_{done}'
+        self._write(runner, f'{AUTOSAVE}{count}.pth', dict(epoch=epoch, iter=done))
+
+    def _write(self, runner: Any, name: str, meta: dict[str, int]) -> None:
+        """Has a checkpoint written, and what it replaces removed afterwards."""
+        self._attempt = name, meta
+        self._tried_at = time.monotonic()
+        doomed = [] if runner.skipped_in_a_row else self.file_backend.take()
+
+        def then() -> None:
+            self._failing_since = None
+            self._saved_at = time.monotonic()
+            self._point_to(runner, name)
+            for remove, path in doomed:
+                remove(path)
+            if not runner.skipped_in_a_row:
+                self._remove_autosaves(name)
+
+        self._try(
+            runner,
+            lambda: runner.save_checkpoint(
+                self.out_dir,
+                name,
+                self.file_client_args,
+                save_optimizer=self.save_optimizer,
+                save_param_scheduler=self.save_param_scheduler,
+                meta=dict(meta),
+                by_epoch=self.by_epoch,
+                backend_args=self.backend_args,
+                then=then,
+                **self.args,
+            ),
+        )
+
+    def _point_to(self, runner: Any, name: str) -> None:
+        """A pointer that survives when the folder moves."""
+        path = self.file_backend.join_path(self.out_dir, name)
+        inside = os.path.abspath(self.out_dir) == os.path.abspath(runner.work_dir)
+        write_text(Path(runner.work_dir, POINTER), name if inside else path)
+
+    def _remove_autosaves(self, but: str) -> None:
+        newest = progress(Path(but))
+        for path in Path(self.out_dir).glob(f'{AUTOSAVE}*.pth'):
+            done = progress(path)
+            if done and newest and done < newest:
+                path.unlink(missing_ok=True)
+
+    def _try(self, runner: Any, action: Callable[[], None]) -> None:
+        """Does what may find that a disk refused.
+
+        Raises:
+            CheckpointWriteError: It does so for too long.
+        """
+        try:
+            action()
+        except CheckpointWriteError as error:
+            now = self._tried_at = time.monotonic()
+            self._failing_since = self._failing_since or now
+            left = self.give_up_seconds - (now - self._failing_since)
+            kept = checkpoints(self.out_dir)
+            last = f'the last is {kept[0].name}' if kept else 'there is none'
+            if left < 0:
+                raise CheckpointWriteError(
+                    f'{error}; for {self.give_up_seconds / 60:g} minutes nothing '
+                    f'could be saved, {last}: make room, then go on with --resume'
+                ) from error
+            runner.logger.warning(
+                f'{error}: training goes on and tries again in {RETRY_SECONDS} s, for '
+                f'{left / 60:.0f} more minutes; {last}'
+            )
+
+    def _stop(self, runner: Any, done: int, alone: bool = False) -> None:
+        """Ends this process when the state is on the disk."""
+        self._try(runner, runner.writer.wait)
+        if not alone:
+            self._agreement.wait_for_all()
+        self.restore_signals()
+        kept = checkpoints(self.out_dir)
+        raise Interrupted(
+            f'{signal.Signals(self._stopping).name} ended the run after iteration '
+            f'{done}; {kept[0].name if kept else "nothing"} is saved in '
+            f'{self.out_dir}: go on with --resume'
+        )

@@ -1,0 +1,185 @@
+"""The folder of a run: whose it is, which checkpoints it holds, and which of them
+to go on from."""
+
+import contextlib
+import os
+import re
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from mmengine.dist import broadcast_object_list, is_main_process
+from mmengine.logging import print_log
+
+from convnext_mm.checkpoint import CheckpointError, CheckpointFileError, read_checkpoint
+from convnext_mm.checkpoint.errors import shown
+from convnext_mm.checkpoint.write import PARTIAL
+
+from .errors import ConfigError
+
+LOCK = '.lock'
+POINTER = 'last_checkpoint'  # names the newest checkpoint, for MMEngine
+VALIDATED = 'last_validation'  # after which iteration
+AUTOSAVE = 'autosave_'
+# How MMEngine's CheckpointHook names files, and how ours names those between.
+NAME = re.compile(rf'(?:{AUTOSAVE})?(?:epoch_(\d+))?(?:_?iter_(\d+))?\.pth')
+
+
+def progress(path: Path) -> tuple[int, int] | None:
+    """Epochs and iterations that a checkpoint's name tells; None where it tells
+    none."""
+    match = NAME.fullmatch(path.name)
+    if match is None or match.group(1, 2) == (None, None):
+        return None
+    return int(match[1] or 0), int(match[2] or 0)
+
+
+def checkpoints(folder: str | os.PathLike) -> list[Path]:
+    """The checkpoints to resume from in a folder, newest first."""
+    found = [(done, p) for p in Path(folder).glob('*.pth') if (done := progress(p))]
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def newest_valid(folder: str | os.PathLike) -> Path | None:
+    """The newest checkpoint that can be read, the same on every process; None
+    where there is none at all.
+
+    Raises:
+        CheckpointFileError: There are some, and none can be read.
+    """
+    answer: list = [None, None]
+    if is_main_process():
+        try:
+            answer[0] = _newest_valid(folder)
+        except CheckpointError as error:
+            answer[1] = str(error)
+    broadcast_object_list(answer)
+    path, problem = answer
+    if problem is not None:
+        raise CheckpointFileError(problem)
+    return path
+
+
+def _newest_valid(folder: str | os.PathLike) -> Path | None:
+    found = checkpoints(folder)
+    problems = []
+    for path in found:
+        try:
+            read_checkpoint(path)
+        except CheckpointError as error:
+            problems.append(str(error))
+            print_log(f'Skipped a checkpoint: {shown(error, 500)}', 'current')
+        else:
+            return path
+    if found:
+        raise CheckpointFileError(
+            f'{folder}: of {len(found)} checkpoints none can be read '
+            f'({"; ".join(problems)}): bring one back, or train anew with another '
+            '--work-dir or --overwrite'
+        )
+    return None
+
+
+def pointed_at(work_dir: str | os.PathLike) -> str | None:
+    """The checkpoint that the pointer of a work folder names, for those that lie
+    elsewhere or have other names."""
+    pointer = Path(work_dir, POINTER)
+    name = pointer.read_text().strip() if pointer.is_file() else ''
+    return os.path.join(work_dir, name) if name and '://' not in name else name or None
+
+
+def check_unused(folder: str | os.PathLike) -> None:
+    """Before a run that starts from the beginning.
+
+    Raises:
+        ConfigError: The folder holds checkpoints.
+    """
+    found = checkpoints(folder)
+    if found:
+        raise ConfigError(
+            f'{folder} holds checkpoints of a run, the last is {found[0].name}: go on '
+            'with --resume, take another --work-dir, or delete them with --overwrite'
+        )
+
+
+def check_newest(path: str | os.PathLike, folder: str | os.PathLike) -> None:
+    """Before a run that goes on from one of several checkpoints.
+
+    Raises:
+        ConfigError: The folder holds newer ones, which would mix with this run's.
+    """
+    path = Path(path)
+    done = progress(path)
+    if done is None or path.parent.resolve() != Path(folder).resolve():
+        newer = checkpoints(folder)
+    else:
+        newer = [p for p in checkpoints(folder) if (progress(p) or done) > done]
+    if newer:
+        raise ConfigError(
+            f'{folder} holds {newer[0].name}, and the run is to go on from {path}: '
+            'the checkpoints of both would mix; take another --work-dir, or delete '
+            'what is newer with --overwrite'
+        )
+
+
+def clear(folder: str | os.PathLike, keep: Path | None = None) -> None:
+    """Deletes what a run left that another one would take for its own.
+
+    Args:
+        folder: The work folder.
+        keep: A checkpoint; it and what is older stays.
+    """
+    folder = Path(folder)
+    done = (
+        progress(keep) if keep and keep.parent.resolve() == folder.resolve() else None
+    )
+    old = [p for p in checkpoints(folder) if not done or (progress(p) or done) > done]
+    if not done:
+        old += folder.glob('best_*.pth')
+    for path in [*old, folder / POINTER, folder / VALIDATED]:
+        path.unlink(missing_ok=True)
+    if old:
+        print_log(f'Deleted {len(old)} checkpoints in {folder}.', 'current')
+
+
+@contextlib.contextmanager
+def locked(folder: str | os.PathLike) -> Iterator[None]:
+    """Keeps other runs out of a folder. The system lets go of the lock when its
+    owner ends, however that ends.
+
+    Raises:
+        ConfigError: Another run has it, or nothing can be written there.
+    """
+    import fcntl  # not on Windows
+
+    path = Path(folder, LOCK)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, 'a+')  # noqa: SIM115
+    except OSError as error:
+        raise ConfigError(
+            f'nothing can be written into {folder} ({error.strerror}): give a '
+            '--work-dir that can be'
+        ) from error
+    with file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise ConfigError(
+                f'{folder} belongs to a run that is under way '
+                f'({file.read().strip() or "unknown"}): wait for it, stop it, or take '
+                'another --work-dir'
+            ) from None
+        except OSError as error:
+            print_log(f'{folder} takes no locks ({error.strerror}).', 'current')
+        file.truncate(0)
+        file.write(
+            f'process {os.getpid()} on {socket.gethostname()}, '
+            f'since {time.strftime("%Y-%m-%d %H:%M:%S")}\n'
+        )
+        file.flush()
+        for partial in path.parent.glob(f'.*{PARTIAL}'):  # of a run that was killed
+            partial.unlink(missing_ok=True)
+        yield
