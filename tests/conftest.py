@@ -1,6 +1,7 @@
 """Fixtures that several test files use."""
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -65,6 +66,8 @@ def no_runs_left() -> Iterator[None]:
     for kind in kinds:
         kinds += kind.__subclasses__()
         vars(kind).get('_instance_dict', {}).clear()
+    if 'toy_runs' in sys.modules:
+        sys.modules['toy_runs'].forget_runs()
 
 
 @pytest.fixture(scope='session')

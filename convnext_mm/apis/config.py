@@ -16,7 +16,7 @@ from mmengine.config import Config, DictAction
 from convnext_mm.checkpoint import CheckpointError
 from convnext_mm.datasets.data_check import DataError
 from convnext_mm.engine.agreement import Interrupted
-from convnext_mm.engine.errors import ConfigError
+from convnext_mm.engine.errors import ConfigError, TrainingError
 
 LAUNCHERS = ('none', 'pytorch', 'slurm', 'mpi')
 NEED_OPERATORS = ('mmdet', 'mmseg')  # scopes of configs
@@ -156,7 +156,7 @@ def short_errors() -> Iterator[None]:
     bad data and a checkpoint that cannot be used; says what a signal ended."""
     try:
         yield
-    except (CheckpointError, ConfigError, DataError) as error:
+    except (CheckpointError, ConfigError, DataError, TrainingError) as error:
         raise SystemExit(f'error: {error}') from None
     except Interrupted as stop:
         print(stop.message, file=sys.stderr)

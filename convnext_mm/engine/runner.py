@@ -36,7 +36,7 @@ from convnext_mm.checkpoint.write import BackgroundWriter
 from convnext_mm.datasets.data_check import check_dataset, explain_failure, leaf_configs
 
 from .errors import ConfigError
-from .hooks import CheckpointHook
+from .hooks import CheckpointHook, NonFiniteHook
 from .loops import EpochBasedTrainLoop, IterBasedTrainLoop
 from .settings import changes, check_changes, flatten
 from .work_folder import (
@@ -57,6 +57,7 @@ TRAIN_LOOPS: dict[Any, type] = {
     )
     for name in (theirs, theirs.__name__, f'mmengine.{theirs.__name__}')
 }
+SAFETY_HOOKS: dict[str, Any] = dict(non_finite=dict(type=NonFiniteHook))
 CHECKPOINT_HOOKS = (MMEngineCheckpointHook, 'CheckpointHook', 'mmengine.CheckpointHook')
 
 
@@ -129,6 +130,17 @@ class Runner(MMEngineRunner):
             check_newest(start, folder)
         else:
             check_unused(folder)
+
+    def register_default_hooks(self, hooks: dict | None = None) -> None:
+        """As MMEngine's, with those that keep a run safe; None leaves one out."""
+        hooks = {**SAFETY_HOOKS, **(hooks or {})}
+        super().register_default_hooks(
+            {
+                name: hook
+                for name, hook in hooks.items()
+                if hook is not None or name not in SAFETY_HOOKS
+            }
+        )
 
     def test(self) -> dict:
         """As MMEngine's; the checkpoint must have what the model has."""
@@ -314,6 +326,26 @@ class Runner(MMEngineRunner):
                     state_dict[name] = own[name]
                 else:
                     del state_dict[name]
+
+    def roll_back(self) -> bool:
+        """Takes the state of the newest checkpoint and goes on with the data that
+        comes next; whether there is one."""
+        self.writer.wait()
+        source = newest_valid(self.checkpoint_folder)
+        if source is None:
+            return False
+        loop: Any = self.train_loop
+        position = loop.position.state_dict()
+        self.skipped_in_a_row = 0
+        MMEngineRunner.resume(self, str(source))
+        self.optim_wrapper.initialize_count_status(
+            self.model, loop.iter, loop.max_iters
+        )
+        loop._iter -= 1  # the step that is under way counts it again
+        self.logger.warning(
+            f'Back to {source}, on with batch {position["taken"]} of the data.'
+        )
+        return True
 
     def _go_to_position(self, loop: Any) -> None:
         """Where the checkpoint that is resumed was in its data."""

@@ -2,6 +2,13 @@
 
 from .checkpoint_hook import CheckpointHook
 from .gradient_check_hook import GradientCheckHook
+from .non_finite_hook import NonFiniteHook
 from .profile_hook import ProfileFinished, StepProfilerHook
 
-__all__ = ['CheckpointHook', 'GradientCheckHook', 'ProfileFinished', 'StepProfilerHook']
+__all__ = [
+    'CheckpointHook',
+    'GradientCheckHook',
+    'NonFiniteHook',
+    'ProfileFinished',
+    'StepProfilerHook',
+]
