@@ -21,6 +21,7 @@ from .checkpoint import CheckpointError, convert_state_dict, load_checkpoint
 from .checkpoint.gate import install as _install_gate
 from .engine import hooks as _hooks  # noqa: F401, registers them
 from .engine.optimizers import AmpOptimWrapper, LayerDecayOptimWrapperConstructor
+from .engine.sharding import FullyShard
 from .models import ConvNeXt, ReleasedClassifierInit
 from .version import __version__
 
@@ -28,6 +29,7 @@ __all__ = [
     'AmpOptimWrapper',
     'CheckpointError',
     'ConvNeXt',
+    'FullyShard',
     'LayerDecayOptimWrapperConstructor',
     'ReleasedClassifierInit',
     '__version__',

@@ -11,6 +11,7 @@ from typing import Any
 
 from mmengine.registry import HOOKS as ROOT_HOOKS
 from mmengine.registry import LOOPS as ROOT_LOOPS
+from mmengine.registry import MODEL_WRAPPERS as ROOT_MODEL_WRAPPERS
 from mmengine.registry import MODELS as ROOT_MODELS
 from mmengine.registry import (
     OPTIM_WRAPPER_CONSTRUCTORS as ROOT_OPTIM_WRAPPER_CONSTRUCTORS,
@@ -22,6 +23,9 @@ from mmengine.registry import Registry
 SCOPE = 'convnext_mm'
 
 MODELS = Registry('model', parent=ROOT_MODELS, scope=SCOPE, locations=['convnext_mm'])
+MODEL_WRAPPERS = Registry(
+    'model wrapper', parent=ROOT_MODEL_WRAPPERS, scope=SCOPE, locations=['convnext_mm']
+)
 HOOKS = Registry('hook', parent=ROOT_HOOKS, scope=SCOPE, locations=['convnext_mm'])
 LOOPS = Registry('loop', parent=ROOT_LOOPS, scope=SCOPE, locations=['convnext_mm'])
 OPTIM_WRAPPERS = Registry(

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Shared by dist_train.sh and dist_test.sh: one process per GPU (or, without
-# one, per requested process on the CPU) through torch.distributed.run.
+# one, per requested process on the CPU), see convnext_mm/engine/launcher.py.
 set -euo pipefail
 tools=$(dirname "$0")
 task=$1
@@ -30,10 +30,6 @@ if [ -z "${PYTHON:-}" ]; then
         PYTHON="$tools/../.venv/bin/python"
     fi
 fi
-PYTHONPATH="$tools/..:${PYTHONPATH:-}" exec "$PYTHON" -m torch.distributed.run \
-    --nnodes="${NNODES:-1}" \
-    --node_rank="${NODE_RANK:-0}" \
-    --master_addr="${MASTER_ADDR:-127.0.0.1}" \
-    --master_port="${PORT:-29500}" \
-    --nproc_per_node="$GPUS" \
+export GPUS
+PYTHONPATH="$tools/..:${PYTHONPATH:-}" exec "$PYTHON" -m convnext_mm.engine.launcher \
     "$tools/$task.py" "${paths[@]}" --launcher pytorch "$@"

@@ -4,17 +4,22 @@ sentence."""
 import argparse
 import contextlib
 import difflib
+import logging
 import os
 import os.path as osp
 import sys
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config, DictAction
+from mmengine.logging import MMLogger
 
 from convnext_mm.checkpoint import CheckpointError
+from convnext_mm.checkpoint.errors import shown
 from convnext_mm.datasets.data_check import DataError
+from convnext_mm.engine import supervision
 from convnext_mm.engine.agreement import Interrupted
 from convnext_mm.engine.errors import ConfigError, TrainingError
 
@@ -152,12 +157,35 @@ def _replace_prefix(node: Any, old: str, new: str) -> Any:
 
 @contextlib.contextmanager
 def short_errors() -> Iterator[None]:
-    """Ends the program with one sentence, not a traceback, on a wrong setting,
-    bad data and a checkpoint that cannot be used; says what a signal ended."""
+    """The door of every program: whatever goes wrong in it ends with one sentence.
+    The traceback of what is nobody's fault but the program's is in the log, or,
+    before there is one, printed."""
+    supervision.announce()
     try:
         yield
     except (CheckpointError, ConfigError, DataError, TrainingError) as error:
+        supervision.report(str(error), mendable=False)
         raise SystemExit(f'error: {error}') from None
     except Interrupted as stop:
         print(stop.message, file=sys.stderr)
         raise
+    except Exception as error:
+        sentence = f'{type(error).__name__}: {shown(error, 500)}'
+        place = _log_traceback()
+        supervision.report(sentence, supervision.is_mendable(error))
+        raise SystemExit(f'error: {sentence}{place}') from None
+
+
+def _log_traceback() -> str:
+    """Writes the traceback of the current error into the log of the run."""
+    text = traceback.format_exc()
+    for logger in MMLogger._instance_dict.values():
+        for handler in logger.handlers:
+            if isinstance(handler, logging.FileHandler):
+                record = logger.makeRecord(
+                    logger.name, logging.ERROR, __file__, 0, text, (), None
+                )
+                handler.emit(record)
+                return f' (the traceback is in {handler.baseFilename})'
+    print(text, file=sys.stderr)
+    return ''

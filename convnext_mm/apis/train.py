@@ -11,6 +11,7 @@ from convnext_mm.datasets.data_paths import check_data
 from convnext_mm.engine.errors import ConfigError
 from convnext_mm.engine.hooks import ProfileFinished
 from convnext_mm.engine.launch import fit_to_device, running
+from convnext_mm.engine.sharding import check_sharding
 
 from .config import load_config
 
@@ -44,6 +45,7 @@ def prepare(
             says which and what to do.
     """
     cfg = load_config(config, **options)
+    check_sharding(cfg)
     if amp:
         cfg.optim_wrapper.type = 'convnext_mm.AmpOptimWrapper'
         cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')

@@ -5,6 +5,7 @@ import gc
 import os
 import traceback
 from collections.abc import Iterator
+from datetime import timedelta
 from typing import Any
 
 import torch.distributed
@@ -15,7 +16,9 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import Runner as MMEngineRunner
 
 from .agreement import Interrupted
+from .errors import ConfigError
 from .runner import Runner
+from .sharding import is_sharded
 
 GPUS = ('cuda', 'npu', 'mlu', 'musa')
 AMP_DEVICES = {  # what the wrappers of mixed precision do not refuse
@@ -51,16 +54,18 @@ def fit_to_device(cfg: Config, device: str | None = None) -> None:
         _print_once(f'No fused optimizer on {device}: the plain one.')
     if device != 'cpu':
         return
-    cfg.setdefault('env_cfg', ConfigDict()).dist_cfg = dict(backend='gloo')
+    env_cfg = cfg.setdefault('env_cfg', ConfigDict())
+    env_cfg.dist_cfg = dict(env_cfg.get('dist_cfg') or {}, backend='gloo')
     if cfg.launcher == 'none':
         return
     # device_ids must be None for modules on a CPU; MMEngine would pass one.
-    cfg.model_wrapper_cfg = dict(
-        type='MMDistributedDataParallel',
-        device_ids=None,
-        broadcast_buffers=False,
-        find_unused_parameters=cfg.get('find_unused_parameters', False),
-    )
+    if not is_sharded(cfg):
+        cfg.model_wrapper_cfg = dict(
+            type='MMDistributedDataParallel',
+            device_ids=None,
+            broadcast_buffers=False,
+            find_unused_parameters=cfg.get('find_unused_parameters', False),
+        )
     replaced = _replace_sync_bn(cfg.model)
     if replaced:
         _print_once(f'No SyncBN on a CPU: {replaced} norm settings use BN.')
@@ -85,6 +90,22 @@ def _replace_sync_bn(node: Any) -> int:
     return count + sum(map(_replace_sync_bn, node.values()))
 
 
+def timeout(cfg: Config) -> timedelta | None:
+    """``env_cfg.dist_cfg.timeout``, in seconds as MMEngine has it; None: PyTorch's.
+
+    Raises:
+        ConfigError: It is no such number.
+    """
+    seconds = (cfg.get('env_cfg') or {}).get('dist_cfg', {}).get('timeout')
+    if seconds is None or isinstance(seconds, timedelta):
+        return seconds
+    if not isinstance(seconds, (int, float)) or not seconds > 0:
+        raise ConfigError(
+            f'env_cfg.dist_cfg.timeout is a number of seconds above 0, got {seconds!r}'
+        )
+    return timedelta(seconds=seconds)
+
+
 @contextlib.contextmanager
 def process_group(cfg: Config) -> Iterator[None]:
     """Ends the process group of a run that is over; on a CPU, starts it first.
@@ -98,7 +119,7 @@ def process_group(cfg: Config) -> Iterator[None]:
         os.environ.setdefault('LOCAL_RANK', '0')
         if get_device() == 'cpu':
             # MMEngine's start of a process group selects a CUDA device.
-            torch.distributed.init_process_group('gloo')
+            torch.distributed.init_process_group('gloo', timeout=timeout(cfg))
     try:
         yield
     except Interrupted:  # all processes together

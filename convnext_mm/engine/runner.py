@@ -22,7 +22,6 @@ from mmengine.model import is_model_wrapper
 from mmengine.runner import BaseLoop, save_checkpoint
 from mmengine.runner import EpochBasedTrainLoop as MMEngineEpochBasedTrainLoop
 from mmengine.runner import IterBasedTrainLoop as MMEngineIterBasedTrainLoop
-from mmengine.runner import Runner as MMEngineRunner
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -35,13 +34,16 @@ from convnext_mm.checkpoint.errors import shown
 from convnext_mm.checkpoint.write import BackgroundWriter
 from convnext_mm.datasets.data_check import check_dataset, explain_failure, leaf_configs
 
+from . import supervision
 from .errors import ConfigError
-from .hooks import CheckpointHook, NonFiniteHook
+from .hooks import CheckpointHook, GradientCheckHook, NonFiniteHook, StallHook
 from .loops import EpochBasedTrainLoop, IterBasedTrainLoop
 from .settings import changes, check_changes, flatten
+from .sharding import ShardableRunner
 from .work_folder import (
     check_newest,
     check_unused,
+    checkpoints,
     clear,
     locked,
     newest_valid,
@@ -57,7 +59,11 @@ TRAIN_LOOPS: dict[Any, type] = {
     )
     for name in (theirs, theirs.__name__, f'mmengine.{theirs.__name__}')
 }
-SAFETY_HOOKS: dict[str, Any] = dict(non_finite=dict(type=NonFiniteHook))
+SAFETY_HOOKS: dict[str, Any] = dict(
+    gradient_check=dict(type=GradientCheckHook),
+    non_finite=dict(type=NonFiniteHook),
+    stall=dict(type=StallHook),
+)
 CHECKPOINT_HOOKS = (MMEngineCheckpointHook, 'CheckpointHook', 'mmengine.CheckpointHook')
 
 
@@ -72,7 +78,7 @@ class _LooksAtState(Hook):
         runner.fill_allowed(checkpoint.get('state_dict', checkpoint))
 
 
-class Runner(MMEngineRunner):
+class Runner(ShardableRunner):
     """MMEngine's runner; bad data and a checkpoint that does not fit stop it
     with a sentence, and what it saves resumes as if nothing had happened:
     weights, optimizer, schedulers, message hub, and the place in the data.
@@ -85,10 +91,10 @@ class Runner(MMEngineRunner):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.writer = BackgroundWriter()
         self.skipped_in_a_row = 0  # steps, up to now
-        self.saves_together = False  # whether processes share the state
         self._is_strict = False
         self._loaded_meta: dict[str, Any] = {}
         super().__init__(*args, **kwargs)
+        supervision.note_work_dir(self.work_dir)
         self.register_hook(_LooksAtState())
 
     def train(self) -> nn.Module:
@@ -99,30 +105,38 @@ class Runner(MMEngineRunner):
                 and the run neither goes on from the newest nor overwrites them.
         """
         with ExitStack() as stack:
-            problem: list[str | None] = [None]
+            decided: list[Any] = [None, None]  # the problem, whether to go on
             if is_main_process():
                 try:
                     stack.enter_context(locked(self.work_dir))
-                    self._start_in_folder()
+                    decided[1] = self._start_in_folder()
                 except ConfigError as error:
-                    problem[0] = str(error)
-            broadcast_object_list(problem)  # all end, or none
-            if problem[0] is not None:
-                raise ConfigError(problem[0])
+                    decided[0] = str(error)
+            broadcast_object_list(decided)  # all do the same
+            problem, goes_on = decided
+            if problem is not None:
+                raise ConfigError(problem)
+            if goes_on:
+                self._resume, self._load_from = True, None
+            supervision.mark_started()
             for hook in self.hooks:
                 if isinstance(hook, CheckpointHook):
                     stack.callback(hook.restore_signals)
             return super().train()
 
-    def _start_in_folder(self) -> None:
-        """
+    def _start_in_folder(self) -> bool:
+        """Whether this run was started before and goes on from what it saved.
+
         Raises:
             ConfigError: It holds checkpoints that this run would mix with.
         """
         folder, source = self.checkpoint_folder, self._load_from
-        saves = any(isinstance(hook, CheckpointHook) for hook in self.hooks)
-        if not saves or (self._resume and source is None):
-            return
+        if not any(isinstance(hook, CheckpointHook) for hook in self.hooks):
+            return False
+        if supervision.is_restart() and checkpoints(folder):
+            return True
+        if self._resume and source is None:
+            return False
         start = Path(source) if self._resume and source else None
         if self.cfg.get('overwrite'):
             clear(folder, keep=start)
@@ -130,6 +144,7 @@ class Runner(MMEngineRunner):
             check_newest(start, folder)
         else:
             check_unused(folder)
+        return False
 
     def register_default_hooks(self, hooks: dict | None = None) -> None:
         """As MMEngine's, with those that keep a run safe; None leaves one out."""
@@ -337,7 +352,7 @@ class Runner(MMEngineRunner):
         loop: Any = self.train_loop
         position = loop.position.state_dict()
         self.skipped_in_a_row = 0
-        MMEngineRunner.resume(self, str(source))
+        super().resume(str(source))
         self.optim_wrapper.initialize_count_status(
             self.model, loop.iter, loop.max_iters
         )

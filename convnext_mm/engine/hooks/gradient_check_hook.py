@@ -60,7 +60,9 @@ class GradientCheckHook(Hook):
         # Gradients are gone when the step is over, also those of a step that the
         # loss scale skipped.
         self._handles = [
-            param.register_post_accumulate_grad_hook(self._note)
+            param.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
+                self._note
+            )
             for param in self._missing
         ]
 
@@ -102,7 +104,7 @@ class GradientCheckHook(Hook):
         self._missing.pop(param, None)
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
+def _unwrapped(model: nn.Module) -> Any:
     return model.module if is_model_wrapper(model) else model
 
 

@@ -193,7 +193,9 @@ def gradient_norm(optimizer: torch.optim.Optimizer) -> float:
     else:
         norms = [grad.norm() for grad in grads]
     device = norms[0].device
-    return float(torch.stack([norm.to(device) for norm in norms]).norm())
+    norm = torch.stack([norm.to(device) for norm in norms]).norm()
+    # Of shards, the part of this process.
+    return float(norm.full_tensor() if hasattr(norm, 'full_tensor') else norm)
 
 
 def _wrappers(wrapper: Any) -> Iterator[Any]:

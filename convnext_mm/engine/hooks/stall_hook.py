@@ -1,0 +1,215 @@
+"""Who stands still, when a distributed run does."""
+
+import contextlib
+import faulthandler
+import json
+import os
+import socket
+import threading
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch.distributed
+from mmengine.dist import get_dist_info
+from mmengine.hooks import Hook
+
+from convnext_mm.engine import supervision
+from convnext_mm.engine.errors import ConfigError
+from convnext_mm.registry import HOOKS
+
+BEAT_SECONDS = 5
+NCCL_SECONDS, GLOO_SECONDS = 600, 1800  # after which PyTorch gives up waiting
+VERDICT = 'verdict'
+
+
+@HOOKS.register_module()
+class StallHook(Hook):
+    """Ends a distributed run in which a process does not answer or nothing moves,
+    names the process, and writes the stacks of all that live.
+
+    A thread of each process tells the others, through a store beside the one that
+    processes meet in, how far it is. Every process writes ``stacks/rank_R.txt`` in
+    the work folder and ends with status 76.
+
+    Args:
+        frozen_seconds: A process that says nothing for so long does not answer: it
+            was stopped, or its machine is gone.
+        stalled_seconds: So long nothing may move, in training or validation; by
+            default as long as processes wait for each other,
+            ``env_cfg.dist_cfg.timeout``.
+
+    Raises:
+        ConfigError: One is not above the time between two beats.
+    """
+
+    priority = 'LOWEST'
+
+    def __init__(
+        self, frozen_seconds: float = 120, stalled_seconds: float | None = None
+    ) -> None:
+        for name, value in (
+            ('frozen_seconds', frozen_seconds),
+            ('stalled_seconds', stalled_seconds),
+        ):
+            if value is not None and value <= BEAT_SECONDS:
+                raise ConfigError(
+                    f'StallHook: {name} must be above {BEAT_SECONDS}, got {value}'
+                )
+        self.frozen_seconds = frozen_seconds
+        self.stalled_seconds = stalled_seconds
+        self._events = 0  # hooks passed: how far this process is
+        self._doing = 'starts'
+        self._ended = threading.Event()
+
+    def before_train(self, runner: Any) -> None:
+        """Starts to watch."""
+        self.rank, self.world_size = get_dist_info()
+        if self.world_size == 1:
+            return
+        self._work_dir = Path(runner.work_dir)
+        if self.stalled_seconds is None:
+            dist_cfg = (runner.cfg.get('env_cfg') or {}).get('dist_cfg') or {}
+            default = (
+                NCCL_SECONDS if dist_cfg.get('backend') == 'nccl' else GLOO_SECONDS
+            )
+            self.stalled_seconds = float(dist_cfg.get('timeout') or default)
+        # Threads that share a connection would wait for each other.
+        store = torch.distributed.TCPStore(  # type: ignore[attr-defined]
+            os.environ['MASTER_ADDR'],
+            int(os.environ['MASTER_PORT']),
+            is_master=False,
+            wait_for_workers=False,
+            timeout=timedelta(seconds=2 * BEAT_SECONDS),
+        )
+        prefix = f'stall/{os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)}'
+        self._store = torch.distributed.PrefixStore(  # type: ignore[attr-defined]
+            prefix, store
+        )
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def after_train(self, runner: Any) -> None:
+        """Stops watching."""
+        self._ended.set()
+
+    def _at(self, runner: Any, doing: str) -> None:
+        self._events += 1
+        self._doing = f'{doing} of step {runner.iter + 1}'
+
+    def before_train_iter(self, runner: Any, *args: Any, **kwargs: Any) -> None:
+        """Notes how far this process is, as all below."""
+        self._at(runner, 'is in the computation')
+
+    def after_train_iter(self, runner: Any, *args: Any, **kwargs: Any) -> None:
+        """Data comes next."""
+        self._at(runner, 'is behind the computation')
+
+    def after_val_iter(self, runner: Any, *args: Any, **kwargs: Any) -> None:
+        """In validation."""
+        self._at(runner, 'is in a validation before the computation')
+
+    def after_val_epoch(self, runner: Any, *args: Any, **kwargs: Any) -> None:
+        """Metrics are there."""
+        self._at(runner, 'is behind a validation before the computation')
+
+    def _watch(self) -> None:
+        beats = 0
+        seen: dict[int, tuple[dict, float]] = {}
+        moved = contact = time.monotonic()
+        before: list[int] = []
+        while not self._ended.wait(BEAT_SECONDS):
+            beats += 1
+            verdict = None
+            try:
+                self._store.set(str(self.rank), json.dumps(self._state(beats)))
+                verdict = self._verdict()
+                # Process 0 looks at all, the others only at process 0.
+                for rank in range(self.world_size) if self.rank == 0 else (0,):
+                    self._look(rank, seen)
+                contact = time.monotonic()
+            except (torch.distributed.DistError, RuntimeError) as error:
+                if time.monotonic() - contact > self.frozen_seconds:
+                    verdict = (
+                        f'process 0 at {os.environ["MASTER_ADDR"]} does not answer '
+                        f'({type(error).__name__})'
+                    )
+            events = [state['events'] for state, _ in seen.values()]
+            if events != before:
+                before, moved = events, time.monotonic()
+            verdict = verdict or self._judge(seen, time.monotonic() - moved)
+            if verdict is not None:
+                self._end(verdict)
+        with contextlib.suppress(torch.distributed.DistError, RuntimeError):
+            self._store.set(str(self.rank), json.dumps(self._state(beats)))
+
+    def _state(self, beats: int) -> dict[str, Any]:
+        return dict(
+            beats=beats,
+            events=self._events,
+            ended=self._ended.is_set(),
+            doing=self._doing,
+            pid=os.getpid(),
+            host=socket.gethostname(),
+        )
+
+    def _verdict(self) -> str | None:
+        if not self._store.check([VERDICT]):
+            return None
+        return self._store.get(VERDICT).decode()
+
+    def _look(self, rank: int, seen: dict[int, tuple[dict, float]]) -> None:
+        """Reads a state, and when it last changed."""
+        if not self._store.check([str(rank)]):
+            return
+        state = json.loads(self._store.get(str(rank)))
+        if rank not in seen or seen[rank][0] != state:
+            seen[rank] = state, time.monotonic()
+
+    def _judge(self, seen: dict[int, tuple[dict, float]], still: float) -> str | None:
+        now = time.monotonic()
+        if any(state['ended'] for state, _ in seen.values()):
+            return None  # one after the other
+        for rank, (state, when) in seen.items():
+            if now - when > self.frozen_seconds:
+                return (
+                    f'process {rank} on {state["host"]} (pid {state["pid"]}) does not '
+                    f'answer since {now - when:.0f} s{_why(state)}; it '
+                    f'{state["doing"]}'
+                )
+        if self.rank == 0 and self.stalled_seconds and still > self.stalled_seconds:
+            last = min(state['events'] for state, _ in seen.values())
+            behind = [
+                f'process {rank} on {state["host"]} {state["doing"]}'
+                for rank, (state, _) in sorted(seen.items())
+                if state['events'] == last
+            ]
+            return (
+                f'nothing has moved for {still:.0f} s, and does not answer: '
+                + '; '.join(behind[:8])
+            )
+        return None
+
+    def _end(self, verdict: str) -> None:
+        """Leaves the stacks and the verdict behind, and ends this process."""
+        folder = self._work_dir / 'stacks'
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / f'rank_{self.rank}.txt', 'w') as file:
+            file.write(f'{verdict}\nprocess {self.rank} {self._doing}\n\n')
+            faulthandler.dump_traceback(file)
+        with contextlib.suppress(torch.distributed.DistError, RuntimeError):
+            self._store.set(VERDICT, verdict)
+        supervision.report(f'{verdict}; stacks are in {folder}', mendable=True)
+        if self.rank == 0:
+            print(f'error: {verdict}', flush=True)
+            time.sleep(2 * BEAT_SECONDS)  # it may hold what the others ask
+        os._exit(supervision.STALLED)
+
+
+def _why(state: dict[str, Any]) -> str:
+    """What the system says of a process of this machine."""
+    status = Path(f'/proc/{state["pid"]}/status')
+    if state['host'] != socket.gethostname() or not status.exists():
+        return ''
+    lines = dict(line.split(':', 1) for line in status.read_text().splitlines())
+    return f', its state is {lines.get("State", "unknown").strip()}'
