@@ -19,6 +19,7 @@ from convnext_mm.datasets.data_paths import check_data
 from convnext_mm.engine.launch import fit_to_device, running
 
 from .config import load_config
+from .config_check import check_config
 
 NUM_PICTURES = 8
 NEXT_STEPS = {
@@ -63,6 +64,7 @@ def run_demo(config: str, goals: dict[str, float], **options: Any) -> bool:
     start = time.time()
     cfg = load_config(config, **options)
     cfg.overwrite = True  # a demo starts from the beginning
+    check_config(cfg, 'train')
     draw_data(Path(cfg.data_root))
     fit_to_device(cfg)
     check_data(cfg, ['train_dataloader', 'val_dataloader'])

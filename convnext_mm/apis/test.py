@@ -12,6 +12,7 @@ from convnext_mm.engine.launch import fit_to_device, running
 from convnext_mm.models import ConvNeXt
 
 from .config import load_config
+from .config_check import check_config, check_paths
 
 
 def prepare(
@@ -39,6 +40,7 @@ def prepare(
         ConfigError, CheckpointError, DataError: A path or setting is wrong;
             says which and what to do.
     """
+    check_paths(config, checkpoint)
     cfg = load_config(config, **options)
     check_source(checkpoint)
     cfg.load_from = checkpoint
@@ -46,6 +48,7 @@ def prepare(
         draw_predictions(cfg, show, show_dir, wait_time)
     if tta:
         use_test_time_augmentation(cfg, config)
+    check_config(cfg, 'test')
     fit_to_device(cfg)
     check_data(cfg, ['test_dataloader'])
     return cfg

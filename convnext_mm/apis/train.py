@@ -14,6 +14,7 @@ from convnext_mm.engine.launch import fit_to_device, running
 from convnext_mm.engine.sharding import check_sharding
 
 from .config import load_config
+from .config_check import check_config, check_paths
 
 
 def prepare(
@@ -44,8 +45,8 @@ def prepare(
         ConfigError, CheckpointError, DataError: A path or setting is wrong;
             says which and what to do.
     """
+    check_paths(config)
     cfg = load_config(config, **options)
-    check_sharding(cfg)
     if amp:
         cfg.optim_wrapper.type = 'convnext_mm.AmpOptimWrapper'
         cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
@@ -72,6 +73,8 @@ def prepare(
         cfg.train_cfg.val_interval = sys.maxsize
         cfg.setdefault('default_hooks', {})['checkpoint'] = None
     cfg.overwrite = overwrite
+    check_config(cfg, 'train')
+    check_sharding(cfg)
     fit_to_device(cfg)
     check_data(cfg, ['train_dataloader', 'val_dataloader'])
     return cfg
