@@ -18,7 +18,8 @@ from mmengine.logging import MMLogger
 
 from convnext_mm.checkpoint import CheckpointError
 from convnext_mm.checkpoint.errors import shown
-from convnext_mm.datasets.data_check import DataError
+from convnext_mm.datasets.errors import DataError
+from convnext_mm.datasets.worker_failures import explain_runtime_failure
 from convnext_mm.engine import supervision
 from convnext_mm.engine.agreement import Interrupted
 from convnext_mm.engine.errors import ConfigError, TrainingError
@@ -170,7 +171,9 @@ def short_errors() -> Iterator[None]:
         print(stop.message, file=sys.stderr)
         raise
     except Exception as error:
-        sentence = f'{type(error).__name__}: {shown(error, 500)}'
+        sentence = explain_runtime_failure(error) or (
+            f'{type(error).__name__}: {shown(error, 500)}'
+        )
         place = _log_traceback()
         supervision.report(sentence, supervision.is_mendable(error))
         raise SystemExit(f'error: {sentence}{place}') from None

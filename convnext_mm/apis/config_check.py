@@ -49,6 +49,7 @@ KEYS = {
     'data_help',
     'efficient_conv_bn_eval',
     'find_unused_parameters',
+    'max_unreadable_images',
     'model_wrapper_cfg',
     'overwrite',
     'runner_type',

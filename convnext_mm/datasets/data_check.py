@@ -1,30 +1,31 @@
 """Finds bad data before or as it is first loaded, and says which file it is and
 what to do. Nothing here reads every image of a data set."""
 
-import json
+import itertools
+import logging
 import math
 import os
 import os.path as osp
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from mmengine.config import ConfigDict
 from mmengine.dataset import BaseDataset
-from mmengine.dist import is_main_process
+from mmengine.dist import broadcast_object_list, is_main_process
 from mmengine.logging import print_log
 from torch import nn
 from torch.utils.data import Dataset
 
+from .coco_file import CocoFile, explain_file, read, usable_boxes, usable_mask
+from .errors import DataError as DataError
+from .errors import UnreadableError, short
+from .skip_unreadable import SkipUnreadable, skip_unreadable
+from .worker_failures import explain_runtime_failure
+
 NUM_SAMPLES = 8  # read from every data set before training starts
 MAX_FILES = 200_000  # looked for; of more, evenly spaced ones
-# The order of categories is compared in annotation files up to this size.
-MAX_JSON_BYTES = 64 * 2**20
-COCO_KEYS = dict(
-    images=('id', 'file_name', 'height', 'width'),
-    annotations=('id', 'image_id', 'category_id', 'bbox', 'area'),
-    categories=('id', 'name'),
-)
 # Modules whose num_classes is that of the data set, by their last name.
 CLASS_HEADS = (
     'bbox_head',
@@ -39,34 +40,38 @@ CLASS_HEADS = (
 OWN_COUNT = ('RPNHead', 'GARPNHead', 'FusedSemanticHead')
 
 
-class DataError(ValueError):
-    """Bad data. The message names the file and what to do."""
-
-    def __init__(self, message: str) -> None:
-        # A worker process sends its whole traceback as the message.
-        if message.startswith('Caught DataError in '):
-            message = message.rsplit('DataError: ', 1)[-1].strip()
-        super().__init__(message)
-
-
-def check_dataset(dataset: Dataset, model: nn.Module | None = None) -> None:
+def check_dataset(
+    dataset: Dataset,
+    model: nn.Module | None = None,
+    max_unreadable: int = 0,
+    listing: Path | None = None,
+) -> None:
     """Checks a built dataset, and from now on every sample that it loads.
 
-    Its classes against its annotation file and the heads of the model; that
-    its files exist; a few samples, spread over it. Its loading transforms are
-    wrapped so that an unreadable file, or a label above the class count, stops
-    the run with the file named instead of much later or not at all.
+    Its annotation file in COCO's format, the heads of the model; that its files
+    exist; a few samples, spread over it. Its loading transforms are wrapped:
+    an unreadable file, or a label above the class count, stops the run with the
+    file named instead of much later or not at all; boxes and masks that cannot
+    be used are left out.
 
     Args:
         dataset: Any; wrappers are looked into, others than MMEngine's left.
         model: The model that it is for.
+        max_unreadable: So many images that are missing or unreadable another
+            one replaces, in training; more stop the run. The workers of a
+            process have one count.
+        listing: Text file that gets a line for each of them.
 
     Raises:
         DataError: Something is wrong.
     """
-    for leaf in _leaves(dataset):
-        if not isinstance(leaf, BaseDataset):
-            continue
+    if type(max_unreadable) is not int or max_unreadable < 0:
+        raise DataError(
+            'max_unreadable_images is a number of images, 0 or more, got '
+            f'{max_unreadable!r}'
+        )
+    leaves = [leaf for leaf in _leaves(dataset) if isinstance(leaf, BaseDataset)]
+    for leaf in leaves:
         leaf.full_init()
         if len(leaf) == 0:
             raise DataError(
@@ -74,16 +79,38 @@ def check_dataset(dataset: Dataset, model: nn.Module | None = None) -> None:
                 f'(filter_cfg={leaf.filter_cfg}); look at its '
                 'annotations and data_prefix'
             )
-        _check_categories(leaf)
-        if model is not None:
-            _check_heads(leaf, getattr(model, 'module', model))
-        if is_main_process():
-            _check_files(leaf)
-        loaders = _guard_loading(leaf)
-        if is_main_process():
-            last = len(leaf) - 1
-            for index in sorted({round(i) for i in np.linspace(0, last, NUM_SAMPLES)}):
-                _load(leaf.get_data_info(index), loaders)
+        _guard_loading(leaf)
+    skips: list[SkipUnreadable] = []
+    if max_unreadable and not any(leaf.test_mode for leaf in leaves):
+        skips = skip_unreadable(leaves, max_unreadable, listing)
+    problem: list[DataError | None] = [None]
+    if is_main_process():
+        try:
+            for leaf, skip in itertools.zip_longest(leaves, skips):
+                _check_coco_file(leaf)
+                if model is not None:
+                    _check_heads(leaf, getattr(model, 'module', model))
+                _check_files(leaf, skip)
+                _check_samples(leaf, skip)
+        except DataError as error:
+            problem[0] = error
+    broadcast_object_list(problem)  # all processes end, or none
+    if problem[0] is not None:
+        raise problem[0]
+
+
+def _check_samples(dataset: BaseDataset, skip: SkipUnreadable | None) -> None:
+    """Loads a few samples, spread over the data set."""
+    last = len(dataset) - 1
+    for index in sorted({round(i) for i in np.linspace(0, last, NUM_SAMPLES)}):
+        results = dataset.get_data_info(index)
+        try:
+            for loader in _loaders(dataset):
+                results = results and loader(results)
+        except UnreadableError as error:
+            if skip is None:
+                raise
+            skip.note(index, error)
 
 
 def explain_failure(cfg: ConfigDict) -> None:
@@ -100,7 +127,7 @@ def explain_failure(cfg: ConfigDict) -> None:
     ann_file = osp.join(root, cfg.get('ann_file') or '')
     classes = (cfg.get('metainfo') or {}).get('classes')
     if ann_file.endswith('.json') and osp.isfile(ann_file):
-        _explain_coco(ann_file, classes)
+        explain_file(ann_file, classes)
     folder = osp.join(root, prefix.get('img_path') or '')
     suffix = cfg.get('img_suffix', '.jpg')
     if (
@@ -125,45 +152,6 @@ def leaf_configs(dataset: ConfigDict) -> Iterator[ConfigDict]:
             yield from leaf_configs(inner)
     else:
         yield dataset
-
-
-def _explain_coco(path: str, classes: Sequence[str] | None) -> None:
-    try:
-        with open(path) as file:
-            data = json.load(file)
-    except ValueError as error:
-        raise DataError(
-            f'{path!r} is not a JSON file ({error}): write it again'
-        ) from error
-    missing = [
-        key
-        for key in COCO_KEYS
-        if not isinstance(data, dict) or not isinstance(data.get(key), list)
-    ]
-    if missing:
-        raise DataError(
-            f'{path!r} has no lists {missing}: COCO format has {tuple(COCO_KEYS)}'
-        )
-    for key, fields in COCO_KEYS.items():
-        for item in data[key]:
-            lacking = [field for field in fields if field not in item]
-            if lacking:
-                raise DataError(
-                    f'{path!r}: an item of {key!r} '
-                    f'(id {item.get("id")}) has no {lacking}: COCO '
-                    f'format has {fields}'
-                )
-    if not data['images']:
-        raise DataError(f'{path!r} lists no images: name another ann_file')
-    names = {item['id']: item['name'] for item in data['categories']}
-    if classes is not None and not any(
-        names.get(item['category_id']) in classes for item in data['annotations']
-    ):
-        raise DataError(
-            f'{path!r} has no annotation of metainfo.classes='
-            f'{tuple(classes)}; its categories are {tuple(names.values())}: '
-            'give those that you want, spelled as there'
-        )
 
 
 def _leaves(dataset: Dataset) -> Iterator[Dataset]:
@@ -197,39 +185,20 @@ def _classes(dataset: BaseDataset) -> list[str] | None:
     return None if classes is None else list(classes)
 
 
-def _check_categories(dataset: BaseDataset) -> None:
-    """Classes against the categories of an annotation file in COCO's format."""
+def _check_coco_file(dataset: BaseDataset) -> None:
+    """Annotations in COCO's format, of which MMDetection leaves out without a
+    word what it does not understand."""
     classes, ids = _classes(dataset), getattr(dataset, 'cat_ids', None)
     path = dataset.ann_file
     if classes is None or ids is None or not osp.isfile(path):
         return
-    if len(ids) == len(classes) and osp.getsize(path) > MAX_JSON_BYTES:
-        return
-    with open(path) as file:
-        data = json.load(file)
-    names = [item['name'] for item in data.get('categories', [])]
-    unknown = [name for name in classes if name not in names]
-    if unknown or len(ids) != len(classes):
-        raise DataError(
-            f'{path!r} has {len(names)} categories, {_short(names)}, and no '
-            f'{_short(unknown)}, which metainfo.classes ({len(classes)} names)'
-            ' has: give metainfo=dict(classes=...) of this data set the names '
-            'of the file, and num_classes of the heads their number'
-        )
-    # MMDetection numbers the classes in the order of the file.
-    if [name for name in names if name in classes] != classes:
-        raise DataError(
-            f'metainfo.classes={_short(classes)} must stand in the order of '
-            f'the categories of {path!r}, {_short(names)}: labels are numbered'
-            ' in that order, and would be shown under wrong names'
-        )
-    left_out = [name for name in names if name not in classes]
-    if left_out:
-        print_log(
-            f'{path}: annotations of {_short(left_out)} are left out, since '
-            'metainfo.classes does not have them',
-            logger='current',
-        )
+    file = CocoFile(path, read(path))
+    file.check_categories(classes, len(ids))
+    with_mask = any(loader.with_mask for loader in _loaders(dataset))
+    file.check_annotations(with_mask, dataset.test_mode)
+    file.check_corners()
+    if dataset.filter_cfg and not dataset.test_mode and dataset._indices is None:
+        file.count_left_out(len(dataset), dataset.filter_cfg)
 
 
 def _check_heads(dataset: BaseDataset, model: nn.Module) -> None:
@@ -257,7 +226,7 @@ def _check_heads(dataset: BaseDataset, model: nn.Module) -> None:
             raise DataError(
                 f'model.{name}.num_classes is {count}, but '
                 f'{_describe(dataset)} has {len(classes)} classes, '
-                f'{_short(classes)}: set num_classes={len(classes)}, or '
+                f'{short(classes)}: set num_classes={len(classes)}, or '
                 'metainfo=dict(classes=...) of the data set'
             )
         # Another label than the usual one must be ignored by both.
@@ -272,13 +241,13 @@ def _check_heads(dataset: BaseDataset, model: nn.Module) -> None:
             )
 
 
-def _check_files(dataset: BaseDataset) -> None:
+def _check_files(dataset: BaseDataset, skip: SkipUnreadable | None) -> None:
     """That the images and class maps of a data set on a local disk exist, by
     listing folders."""
     if getattr(dataset, 'backend_args', None):
         return
     folders: dict[str, set[str]] = {}
-    missing: list[str] = []
+    missing: dict[int, str] = {}
     step = max(1, math.ceil(len(dataset) / MAX_FILES))
     indices = range(0, len(dataset), step)
     for index in indices:
@@ -293,20 +262,24 @@ def _check_files(dataset: BaseDataset) -> None:
                     os.listdir(folder or '.') if osp.isdir(folder or '.') else ()
                 )
             if name not in folders[folder]:
-                missing.append(path)
-    if missing:
+                missing[index] = path
+    limit = skip.limit if skip else 0
+    if len(missing) > limit:
         raise DataError(
             f'{_describe(dataset)}: {len(missing)} files of {len(indices)} '
-            f'samples are missing, the first is {missing[0]!r}: put them '
-            f'there, correct data_prefix ({dict(dataset.data_prefix)}), or '
-            'take them out of the data set'
+            f'samples are missing, the first is {next(iter(missing.values()))!r}: put '
+            f'them there, correct data_prefix ({dict(dataset.data_prefix)}), or '
+            f'take them out of the data set{_skip_advice(dataset)}'
         )
-    _check_class_maps(dataset)
+    if skip:
+        for index, path in missing.items():
+            skip.note(index, UnreadableError(f'{path!r} does not exist'))
+    _check_class_maps(dataset, limit)
 
 
-def _check_class_maps(dataset: BaseDataset) -> None:
-    """That no class map of a folder lacks its image: MMSegmentation lists
-    images, and would leave it out without a word."""
+def _check_class_maps(dataset: BaseDataset, limit: int) -> None:
+    """That no more class maps of a folder lack their image: MMSegmentation lists
+    images, and would leave them out without a word."""
     prefix = dataset.data_prefix or {}
     images, maps = prefix.get('img_path'), prefix.get('seg_map_path')
     ending = getattr(dataset, 'seg_map_suffix', None)
@@ -326,13 +299,23 @@ def _check_class_maps(dataset: BaseDataset) -> None:
         if name.endswith(ending)
         and name[: -len(ending)] + dataset.img_suffix not in present
     )
-    if orphans:
-        image = osp.join(images, orphans[0][: -len(ending)] + dataset.img_suffix)
-        raise DataError(
-            f'{len(orphans)} class maps have no image, the first is '
-            f'{osp.join(maps, orphans[0])!r}: put {image!r} there, set '
-            'img_suffix and seg_map_suffix, or take the map away'
-        )
+    if not orphans:
+        return
+    image = osp.join(images, orphans[0][: -len(ending)] + dataset.img_suffix)
+    message = (
+        f'{len(orphans)} class maps have no image, the first is '
+        f'{osp.join(maps, orphans[0])!r}: put {image!r} there, set '
+        'img_suffix and seg_map_suffix, or take the map away'
+    )
+    if len(orphans) > limit:
+        raise DataError(message + _skip_advice(dataset))
+    print_log(message, logger='current', level=logging.WARNING)
+
+
+def _skip_advice(dataset: BaseDataset) -> str:
+    if dataset.test_mode:
+        return ''
+    return ' (training can do without a few: --cfg-options max_unreadable_images=N)'
 
 
 def _walk(folder: str) -> Iterator[str]:
@@ -342,24 +325,23 @@ def _walk(folder: str) -> Iterator[str]:
             yield osp.normpath(osp.join(osp.relpath(parent, folder), name))
 
 
-def _guard_loading(dataset: BaseDataset) -> list[Callable]:
-    """Wraps the loading transforms of a dataset in place; returns them."""
+def _guard_loading(dataset: BaseDataset) -> None:
+    """Wraps the loading transforms of a dataset in place."""
     transforms = getattr(dataset.pipeline, 'transforms', [])
     for index, transform in enumerate(transforms):
         if type(transform).__name__.startswith('Load'):
             transforms[index] = GuardedLoad(transform, dataset)
+
+
+def _loaders(dataset: BaseDataset) -> list['GuardedLoad']:
+    transforms = getattr(dataset.pipeline, 'transforms', [])
     return [t for t in transforms if isinstance(t, GuardedLoad)]
 
 
-def _load(results: dict | None, loaders: list[Callable]) -> None:
-    for loader in loaders:
-        if results is not None:
-            results = loader(results)
-
-
 class GuardedLoad:
-    """A loading transform that names the file it fails on, and refuses a class
-    map that does not fit the classes.
+    """A loading transform that names the file it fails on, refuses a class map
+    that does not fit the classes, and leaves out boxes and masks that cannot be
+    used.
 
     Args:
         transform: Any callable of a dict, such as LoadImageFromFile.
@@ -368,23 +350,26 @@ class GuardedLoad:
 
     def __init__(self, transform: Callable, dataset: BaseDataset) -> None:
         self.transform = transform
+        self.with_mask = bool(getattr(transform, 'with_mask', False))
         # MMSegmentation's datasets alone have both; panoptic maps differ.
         self.checks_labels = hasattr(dataset, 'ignore_index') and hasattr(
             dataset, 'reduce_zero_label'
         )
         self.ignore_index = getattr(dataset, 'ignore_index', None)
         self.num_classes = len(_classes(dataset) or ())
+        self.skip_advice = _skip_advice(dataset)
 
     def __call__(self, results: dict) -> dict | None:
         loads_image = 'Image' in type(self.transform).__name__
         has_map = bool(results.get('seg_map_path')) and not loads_image
         path = results.get('seg_map_path' if has_map else 'img_path')
         try:
+            if not loads_image:
+                self._leave_out(results)
             loaded = self.transform(results)
         except Exception as error:
-            what = (
-                repr(path) if loads_image or has_map else f'the annotation of {path!r}'
-            )
+            if explain_runtime_failure(error):  # no fault of the file
+                raise
             reason = (
                 'does not exist'
                 if isinstance(error, FileNotFoundError)
@@ -392,14 +377,32 @@ class GuardedLoad:
                 + ' '.join(f'{type(error).__name__}: {error}'.split())
                 + ')'
             )
-            raise DataError(
-                f'{what} {reason}: replace it, or take it out of the data set'
-            ) from error
+            fault = f'{path!r} {reason}'
+            advice = f'{fault}: replace it, or take it out of the data set'
+            if loads_image or has_map:
+                raise UnreadableError(advice + self.skip_advice, fault) from error
+            raise DataError(f'the annotation of {advice}') from error
         if self.checks_labels and self.num_classes and loaded and has_map:
             self._check_labels(
                 loaded.get('gt_seg_map'), path, results.get('reduce_zero_label')
             )
         return loaded
+
+    def _leave_out(self, results: dict) -> None:
+        """What :mod:`.coco_file` calls unusable."""
+        instances, shape = results.get('instances'), results.get('ori_shape')
+        if not instances or not shape or 'bbox' not in instances[0]:
+            return
+        height, width = shape[:2]
+        corners = np.array([item['bbox'] for item in instances], dtype=float)
+        if corners.shape[1:] == (4,):
+            usable = usable_boxes(corners, np.array([width, height]))
+            instances = [item for item, keep in zip(instances, usable) if keep]
+            results['instances'] = instances
+        if self.with_mask:
+            for item in instances:
+                # Of an object without one MMDetection ignores the region.
+                item['mask'] = usable_mask(item.get('mask'), width, height)
 
     def _check_labels(self, labels: np.ndarray | None, path: Any, reduced: Any) -> None:
         if labels is None:
@@ -414,7 +417,7 @@ class GuardedLoad:
         if bad:
             after = ' (after reduce_zero_label made 1 into 0)' * bool(reduced)
             raise DataError(
-                f'{path!r} has the labels {_short(bad)}{after}, but there are '
+                f'{path!r} has the labels {short(bad)}{after}, but there are '
                 f'{self.num_classes} classes, 0 to {self.num_classes - 1}, and'
                 f' {self.ignore_index} is ignored: add names to '
                 'metainfo.classes and raise num_classes of the heads, set '
@@ -423,8 +426,3 @@ class GuardedLoad:
 
     def __repr__(self) -> str:
         return repr(self.transform)
-
-
-def _short(items: Sequence) -> str:
-    shown = ', '.join(map(str, items[:10]))
-    return f'[{shown}, ...]' if len(items) > 10 else f'[{shown}]'

@@ -1,5 +1,6 @@
 """Finds files and folders that a config names and that do not exist."""
 
+import difflib
 import os
 import os.path as osp
 from collections.abc import Iterator
@@ -7,18 +8,31 @@ from pathlib import Path
 
 from mmengine.config import Config, ConfigDict
 
-from .data_check import DataError, leaf_configs
+from .data_check import leaf_configs
+from .errors import DataError, short
 
-# Where users get the data of a dataset type.
+# Where the published data of a type lies by default, and where users get it.
 DATA_SOURCES = {
-    'CocoDataset': 'COCO 2017 is at https://cocodataset.org/#download: unpack '
-    'train2017, val2017 and annotations into data/coco',
-    'ADE20KDataset': 'ADE20K (SceneParsing, 2016) is at '
-    'http://sceneparsing.csail.mit.edu: unpack it into data/ade',
-    'ImageNet': 'ImageNet-1K (ILSVRC 2012) is at https://image-net.org: put '
-    'its folders of classes into data/imagenet/train and data/imagenet/val',
-    'ImageNet21k': 'ImageNet-22K is at https://image-net.org: put its folders '
-    'of classes into data/imagenet22k/train',
+    'CocoDataset': (
+        'data/coco',
+        'COCO 2017 is at https://cocodataset.org/#download: unpack '
+        'train2017, val2017 and annotations into data/coco',
+    ),
+    'ADE20KDataset': (
+        'data/ade',
+        'ADE20K (SceneParsing, 2016) is at '
+        'http://sceneparsing.csail.mit.edu: unpack it into data/ade',
+    ),
+    'ImageNet': (
+        'data/imagenet',
+        'ImageNet-1K (ILSVRC 2012) is at https://image-net.org: put '
+        'its folders of classes into data/imagenet/train and data/imagenet/val',
+    ),
+    'ImageNet21k': (
+        'data/imagenet22k',
+        'ImageNet-22K is at https://image-net.org: put its folders '
+        'of classes into data/imagenet22k/train',
+    ),
 }
 
 
@@ -30,8 +44,8 @@ def check_data(cfg: Config, loaders: list[str]) -> None:
         loaders: Names of dataloaders, such as ``'train_dataloader'``.
 
     Raises:
-        DataError: Something is missing. Names the loader, the path and where
-            to get the data.
+        DataError: Something is missing. Names the loader, the path, what lies
+            where it ends, and where to get data that is published.
     """
     for loader in loaders:
         if not cfg.get(loader):
@@ -40,15 +54,50 @@ def check_data(cfg: Config, loaders: list[str]) -> None:
         for dataset in datasets:
             for setting, path in _local_paths(dataset):
                 if not path.exists():
-                    advice = cfg.get('data_help') or DATA_SOURCES.get(
-                        str(dataset.type).split('.')[-1], 'put the data there'
+                    near, is_close = _neighbours(path)
+                    advice = cfg.get('data_help') or (
+                        'Correct it' if is_close else _source(dataset)
                     )
                     raise DataError(
                         f'{loader}: {setting} {str(path)!r} does not exist '
-                        f'(looked for from {os.getcwd()}). {advice}, or say '
+                        f'(looked for from {os.getcwd()}): {near}. {advice}, or say '
                         'where the data is with --data-root DIR'
                     )
         _check_evaluator(cfg, loader, datasets)
+
+
+def _source(dataset: ConfigDict) -> str:
+    """What to do about data that is missing: to get it, if it is published."""
+    folder, advice = DATA_SOURCES.get(str(dataset.type).split('.')[-1], ('', ''))
+    root = Path(dataset.get('data_root') or '')
+    is_own = 'classes' in (dataset.get('metainfo') or {})
+    by_default = root.resolve().is_relative_to(Path(folder).resolve())
+    # Where somebody named another folder and it is not there, the name is wrong.
+    if folder and not is_own and (by_default or root.is_dir()):
+        return advice
+    return 'Correct it, put the data there'
+
+
+def _neighbours(path: Path) -> tuple[str, bool]:
+    """What there is where a path ends too early; whether a name is close to it."""
+    parent = path.parent
+    while not parent.exists():
+        parent = parent.parent
+    missing = path.relative_to(parent).parts[0]
+    where = repr(str(parent))
+    try:
+        names = sorted(n for n in os.listdir(parent) if not n.startswith('.'))
+    except OSError as error:
+        return f'{where} cannot be listed ({error.strerror})', False
+    if not names:
+        return f'{where} is empty', False
+    # Whatever the case of letters.
+    lower = {name.lower(): name for name in names}
+    close = [lower[n] for n in difflib.get_close_matches(missing.lower(), lower)]
+    found = (
+        'close to it ' + ' and '.join(map(repr, close)) if close else short(names, 5)
+    )
+    return f'{where} has no {missing!r}, but {found}', bool(close)
 
 
 def _check_evaluator(cfg: Config, loader: str, datasets: list[ConfigDict]) -> None:

@@ -32,6 +32,7 @@ from convnext_mm.checkpoint import (
 )
 from convnext_mm.checkpoint.errors import shown
 from convnext_mm.checkpoint.write import BackgroundWriter
+from convnext_mm.datasets.coco_file import reading_once
 from convnext_mm.datasets.data_check import check_dataset, explain_failure, leaf_configs
 
 from . import supervision
@@ -191,14 +192,20 @@ class Runner(ShardableRunner):
         Raises:
             DataError: It is bad; names the file and what to do.
         """
-        try:
-            loader = super().build_dataloader(dataloader, *args, **kwargs)
-        except Exception:
-            if isinstance(dataloader, dict):
-                for dataset in leaf_configs(dataloader['dataset']):
-                    explain_failure(dataset)
-            raise
-        check_dataset(loader.dataset, self.model)
+        with reading_once():
+            try:
+                loader = super().build_dataloader(dataloader, *args, **kwargs)
+            except Exception:
+                if isinstance(dataloader, dict):
+                    for dataset in leaf_configs(dataloader['dataset']):
+                        explain_failure(dataset)
+                raise
+            check_dataset(
+                loader.dataset,
+                self.model,
+                self.cfg.get('max_unreadable_images', 0),
+                Path(self.log_dir) / 'unreadable_images.txt',
+            )
         return loader
 
     def load_or_resume(self) -> None:
@@ -288,6 +295,10 @@ class Runner(ShardableRunner):
                 setting has changed that a resumed run would not follow.
         """
         self._is_strict = True
+        schedulers = self.param_schedulers
+        fresh = (
+            [s.state_dict() for s in schedulers] if isinstance(schedulers, list) else []
+        )
         super().resume(*args, **kwargs)
         loop = self.train_loop
         unit = 'epoch' if isinstance(loop, MMEngineEpochBasedTrainLoop) else 'iter'
@@ -298,7 +309,7 @@ class Runner(ShardableRunner):
                 f'run ends at {end}: raise train_cfg.max_{unit}s'
             )
         if hasattr(loop, 'position'):
-            self._go_to_position(loop)
+            self._go_to_position(loop, fresh)
         for hook in self.hooks:
             if not isinstance(hook, CheckpointHook) or not hook.save_best:
                 continue
@@ -362,8 +373,13 @@ class Runner(ShardableRunner):
         )
         return True
 
-    def _go_to_position(self, loop: Any) -> None:
-        """Where the checkpoint that is resumed was in its data."""
+    def _go_to_position(self, loop: Any, fresh: list[dict[str, Any]]) -> None:
+        """Where the checkpoint that is resumed was in its data.
+
+        Args:
+            loop: The training loop.
+            fresh: Of :meth:`_rescale_schedules`.
+        """
         state = self._loaded_meta.get('position')
         if state is None:  # of MMEngine's runner
             batches = len(loop.dataloader)
@@ -382,7 +398,7 @@ class Runner(ShardableRunner):
         if before == now and state['world_size'] == get_world_size():
             return
         if isinstance(loop, EpochBasedTrainLoop):
-            self._check_schedules(before, now)
+            self._rescale_schedules(fresh)
             loop._iter = loop.epoch * len(loop.dataloader) + loop.position.taken
         self.logger.info(
             f'Saved with {state["world_size"]} processes of {state["batch_size"]} '
@@ -395,25 +411,26 @@ class Runner(ShardableRunner):
             )
         )
 
-    def _check_schedules(self, before: int, now: int) -> None:
+    def _rescale_schedules(self, fresh: list[dict[str, Any]]) -> None:
+        """Schedules that were told in epochs and count steps go on at the same part
+        of the run, where an epoch has another number of steps now.
+
+        Args:
+            fresh: States of the schedulers before those of a checkpoint.
         """
-        Raises:
-            CheckpointMismatchError: A schedule counts iterations, of which an epoch
-                has another number now.
-        """
-        schedulers = self.param_schedulers or []
-        running = [
-            type(scheduler).__name__
-            for scheduler in schedulers
-            if not scheduler.by_epoch and scheduler.end > scheduler.last_step
-        ]
-        if before != now and running:
-            raise CheckpointMismatchError(
-                f'it was saved with {before} images a step over all processes, and '
-                f'now there are {now}; {running[0]} counts steps, of which an epoch '
-                'has another number now: keep the product of processes and '
-                'train_dataloader.batch_size'
-            )
+        schedulers: Any = self.param_schedulers
+        for scheduler, state in zip(schedulers, fresh):
+            if not scheduler.by_epoch and scheduler.end != state['end'] > 0:
+                share = state['end'] / scheduler.end
+                values = ('base_values', '_last_value')
+                scheduler.load_state_dict(
+                    {
+                        **state,
+                        **{name: getattr(scheduler, name) for name in values},
+                        'last_step': round(scheduler.last_step * share),
+                        '_global_step': round(scheduler._global_step * share),
+                    }
+                )
 
     def save_checkpoint(
         self,

@@ -4,8 +4,8 @@ at fault and what to do."""
 import importlib.util
 import json
 import pickle
+import re
 import shutil
-from pathlib import Path
 
 import cv2
 import numpy as np
@@ -13,7 +13,6 @@ import pytest
 from mmengine.config import Config
 from torch import nn
 
-from convnext_mm.datasets import write_shapes
 from convnext_mm.datasets.data_check import (
     DataError,
     GuardedLoad,
@@ -25,19 +24,6 @@ from repo import ROOT
 
 DETECTOR = 'configs/demo/mask-rcnn_convnext-atto_shapes.py'
 SEGMENTOR = 'configs/demo/upernet_convnext-atto_shapes.py'
-
-
-@pytest.fixture(scope='module')
-def drawn(tmp_path_factory):
-    path = tmp_path_factory.mktemp('shapes')
-    write_shapes(path, num_train=3, num_val=2, size=64)
-    return path
-
-
-@pytest.fixture
-def data(drawn, tmp_path, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    return Path(shutil.copytree(drawn, tmp_path / 'data'))
 
 
 def train(config, data, *options, workers=0):
@@ -276,6 +262,56 @@ def test_annotation_without_area(data):
     assert str(path) in said and "['area']" in said
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    'change, reason',
+    [
+        (lambda items: items[1].update(bbox=[1, 2, 3]), 'annotation 2 is [1, 2, 3]'),
+        (lambda items: items[1].update(bbox=[1, 2, 3, '4']), "[1, 2, 3, '4']"),
+        (lambda items: items[1].update(id=1), 'several annotations of the id 1'),
+    ],
+)
+def test_annotations_that_end_the_reading(change, reason, data):
+    path = data / 'annotations' / 'instances_training.json'
+    edit_json(path, lambda c: change(c['annotations']))
+    said = train(DETECTOR, data)
+    assert str(path) in said and reason in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('split', ['training', 'validation'])
+def test_annotations_without_masks(split, data):
+    """The images are fine: what is said is about annotations and the config."""
+    path = data / 'annotations' / f'instances_{split}.json'
+    number = len(json.loads(path.read_text())['annotations'])
+
+    def take_masks(content):
+        for item in content['annotations']:
+            del item['segmentation']
+
+    edit_json(path, take_masks)
+    said = train(DETECTOR, data)
+    assert str(path) in said and '.png' not in said
+    assert f'{number} of {number} annotations have no `segmentation`' in said
+    assert 'Mask R-CNN' in said
+    config = re.search(r'configs/custom/\S+\.py', said)[0]
+    assert "type='FasterRCNN'" in Config.fromfile(ROOT / config).pretty_text
+
+
+@pytest.mark.slow
+def test_no_annotation_is_left(data):
+    path = data / 'annotations' / 'instances_training.json'
+
+    def to_shares(content):  # of the image's sides, as YOLO has them
+        for item in content['annotations']:
+            item['bbox'] = [number / 64 for number in item['bbox']]
+
+    edit_json(path, to_shares)
+    said = train(DETECTOR, data)
+    assert str(path) in said and 'no annotation that can be used' in said
+    assert 'below 1 pixel' in said
+
+
 def test_evaluator_of_other_annotations(data):
     said = train(
         DETECTOR,
@@ -326,5 +362,5 @@ def test_what_is_no_base_dataset_is_left_alone():
 
 
 def test_guard_shows_what_it_wraps():
-    dataset = type('D', (), dict(metainfo={}))()
+    dataset = type('D', (), dict(metainfo={}, test_mode=True))()
     assert repr(GuardedLoad(len, dataset)) == repr(len)

@@ -293,6 +293,7 @@ def test_load_from_of_released_models(library, whole, tmp_path):
     pytest.importorskip('mmpretrain.models')
     init_default_scope(library)
     settings = dict(arch=ARCH, out_indices=(0, 1, 2, 3), gap_before_final_norm=False)
+    torch.manual_seed(0)
     reference = MODELS.build(
         whole(dict(type='mmpretrain.ConvNeXt', layer_scale_init_value=1.0, **settings))
     )

@@ -642,7 +642,8 @@ def huge_shapes(s: Source) -> Files:
 def huge_storages(s: Source) -> Files:
     old = legacy(s.content())
     # The size of the first storage, BININT1 or BININT2, made a large BININT.
-    at = old.index(b'X\x03\0\0\0cpu') + 10
+    at = old.index(b'X\x03\0\0\0cpu') + 8
+    at += {b'q': 2, b'r': 5}[old[at : at + 1]]  # its number in the memo
     after = at + {b'K': 2, b'M': 3}[old[at : at + 1]]
     yield ('legacy-storage-of-8GB', old[:at] + b'J\xff\xff\xff\x7f' + old[after:])
     yield (
