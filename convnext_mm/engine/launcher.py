@@ -192,7 +192,7 @@ class Launcher:
                 timeout=60,
             ),
             max_restarts=0,
-            local_addr='127.0.0.1' if single else None,
+            local_addr='127.0.0.1' if single else own_address(settings.address),
             logs_specs=DefaultLogsSpecs(
                 log_dir=str(self.folder / f'attempt-{attempt}'), redirects=quiet
             ),
@@ -262,6 +262,18 @@ class Launcher:
                 target = place / f'{time.strftime("%Y%m%d_%H%M%S")}-{item.name}'
                 shutil.move(str(item), target)
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def own_address(towards: str) -> str | None:
+    """The address of this machine in the network of another one; its name, which
+    PyTorch would take, need not resolve. None where nothing leads there."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((towards, 9))  # sends nothing
+        except OSError:
+            return None
+        address: str = probe.getsockname()[0]
+        return address
 
 
 def free_port(wanted: int) -> int:

@@ -5,10 +5,11 @@ from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
-from mmengine.model import BaseModule
+from mmengine.model import BaseModule, update_init_info
 from torch import Tensor, nn
 
 from convnext_mm.archs import NUM_STAGES
+from convnext_mm.checkpoint.layout import downsample_names
 from convnext_mm.checkpoint.load import AnyFamily
 from convnext_mm.registry import MODELS, register
 
@@ -29,6 +30,7 @@ from .layer_id import default_num_layers, get_layer_id
 OUT_LAYOUTS = dict(
     contiguous=torch.contiguous_format, channels_last=torch.channels_last
 )
+STEM, _ = downsample_names(0)
 
 
 class PaddedConv2d(nn.Conv2d):
@@ -95,8 +97,9 @@ class ConvNeXt(AnyFamily, BaseModule):
         init_cfg: MMEngine's. ``dict(type='Pretrained', checkpoint=...,
             prefix=...)`` takes the checkpoint of any ConvNeXt, a file or an
             address, see :func:`convnext_mm.load_checkpoint`. Without it
-            weights start from a truncated normal of std 0.02, biases from 0,
-            layer scale from its initial value.
+            weights start from a truncated normal of std 0.02, biases from 0
+            except the stem's (:class:`UnevenStemBias`), layer scale from its
+            initial value.
 
     Attributes:
         num_stages (int): 4.
@@ -115,6 +118,8 @@ class ConvNeXt(AnyFamily, BaseModule):
         >>> [tuple(y.shape) for y in model(torch.rand(1, 3, 64, 96))]
         [(1, 96, 16, 24), (1, 192, 8, 12), (1, 384, 4, 6), (1, 768, 2, 3)]
     """
+
+    init_cfg: dict | Sequence[dict] | None
 
     def __init__(
         self,
@@ -197,8 +202,25 @@ class ConvNeXt(AnyFamily, BaseModule):
                 is_last = out_layout == 'channels_last'
                 out = norm(width, impl=impl, channels_last=is_last)
                 self.add_module(f'norm{i}', out)
-        self.apply(_init_weights)
+        _init_weights(self)
         self._freeze()
+
+    def init_weights(self) -> None:
+        """Initialises by ``init_cfg``; MMEngine calls it before training.
+
+        An initialiser that leaves the stem's bias the same in all channels, as
+        nearly all do, gets it redrawn: images padded with zeros need that, see
+        :class:`UnevenStemBias`. What ``Pretrained`` loads stays as it is.
+        """
+        given = self.init_cfg
+        if given:
+            cfgs = [given] if isinstance(given, dict) else given
+            # MMEngine runs Pretrained after all others.
+            self.init_cfg = [*cfgs, dict(type=UnevenStemBias)]
+        try:
+            super().init_weights()
+        finally:
+            self.init_cfg = given
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Multi-scale features of a batch of images.
@@ -350,9 +372,37 @@ def _downsample_conv(in_channels: int, out_channels: int, dilation: int) -> nn.C
     return nn.Conv2d(in_channels, out_channels, 2, padding=1, dilation=2)
 
 
-def _init_weights(module: nn.Module) -> None:
-    """Truncated normal of std 0.02, zero biases (arXiv 2201.03545, table 5)."""
-    if isinstance(module, (nn.Conv2d, nn.Linear)):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
+def _init_weights(backbone: ConvNeXt) -> None:
+    """Truncated normal of std 0.02, zero biases (arXiv 2201.03545, table 5), but
+    for the stem's, which stays PyTorch's own: see :class:`UnevenStemBias`."""
+    for name, module in backbone.named_modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            nn.init.trunc_normal_(module.weight, std=0.02)
+            if module.bias is not None and name != STEM:
+                nn.init.zeros_(module.bias)
+
+
+class UnevenStemBias:
+    """Initialiser that redraws the stem's bias of a :class:`ConvNeXt` where all
+    channels share one value.
+
+    The paper's code, timm and mmpretrain start it from 0; they train from
+    scratch without padding. Detectors and segmentors pad normalised images with
+    zeros. There the stem's output is its bias; where that is 0, so is every
+    later map, as far as the depthwise kernels do not reach into the image: all
+    biases are 0. LayerNorm divides gradients by sqrt(variance + eps), 1e-3
+    where its input is constant over channels. So each downsampling layer, each
+    block (times the gains of its own layers) and the stem's norm make the
+    gradient in padding up to 1000 times as large, and the sum of it, the
+    gradient of the stem's bias, is 1e5 times that of an image without padding
+    or more, until fp32 overflows. With an uneven bias no LayerNorm sees a
+    constant, and padding adds nothing.
+    """
+
+    def __call__(self, backbone: ConvNeXt) -> None:
+        bias = backbone.get_parameter(f'{STEM}.bias')
+        if (bias == bias[0]).all():
+            # As PyTorch draws that of a new convolution.
+            bound = backbone.get_parameter(f'{STEM}.weight')[0].numel() ** -0.5
+            nn.init.uniform_(bias, -bound, bound)
+            update_init_info(backbone, f'{type(self).__name__}: bound={bound:.3g}')

@@ -171,6 +171,8 @@ def test_init():
     torch.manual_seed(0)
     model = ConvNeXt('atto', layer_scale_init_value=0.5)
     for name, param in model.named_parameters():
+        if name == 'downsample_layers.0.0.bias':
+            continue  # see test_initialisation.py
         if name.endswith('bias'):
             assert (param == 0).all(), name
         elif name.endswith('gamma'):

@@ -27,11 +27,15 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from convnext_mm.analysis.machine import machine
 from convnext_mm.checkpoint import read_checkpoint
+from convnext_mm.checkpoint.write import write_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = 'configs/demo/upernet_convnext-atto_shapes.py'
 STEPS = 24
+SHOWN = 240  # letters of what the user saw, in the page
+MARK = '<!-- made by tools/maintenance/inject_faults.py -->'
 QUICK = {
     'train_cfg.max_iters': STEPS,
     'train_cfg.val_interval': 12,
@@ -374,7 +378,7 @@ def kill_at_random(seed: int) -> Callable[[Place, Path, Outcome], None]:
 
 
 for seed in range(6):
-    fault(f'kill-at-random-{seed}', 'SIGKILL at three random moments, a save every 2')(
+    fault(f'kill-at-random-{seed}', 'SIGKILL at 3 random moments, a save every 2')(
         kill_at_random(seed)
     )
 
@@ -812,6 +816,253 @@ def read_only(place: Place, folder: Path, outcome: Outcome) -> None:
         refused(outcome, Run(place, folder), str(folder), '--work-dir', arguments=())
 
 
+@fault('sigint-twice', 'Ctrl-C twice, two processes')
+def sigint_twice(place: Place, folder: Path, outcome: Outcome) -> None:
+    run = Run(place, folder, 2, {'default_hooks.logger.interval': 1}).start()
+    run.wait_for(13)
+    os.kill(run.process.pid, signal.SIGINT)
+    time.sleep(0.01)
+    os.kill(run.process.pid, signal.SIGINT)
+    outcome.status = run.wait(30)
+    outcome.saw = run.last_line()
+    check(outcome, outcome.status in (130, 75), 'neither at once nor saved')
+    check(outcome, not rank_pids(run), 'processes live on')
+    finish(run, outcome)
+
+
+@fault('nan-weight', 'a checkpoint to start from with a NaN')
+def nan_weight(place: Place, folder: Path, outcome: Outcome) -> None:
+    source = place.reference(1, {})
+    content = dict(state_dict=read_checkpoint(source)['state_dict'])
+    content['state_dict']['backbone.stages.0.0.dwconv.bias'][0] = float('nan')
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    path = folder.with_suffix('.pth')
+    write_checkpoint(content, path)
+    options = {
+        'load_from': path,
+        'default_hooks.non_finite.type': 'convnext_mm.NonFiniteHook',
+        'default_hooks.non_finite.limit': 5,
+    }
+    run = Run(place, folder, 1, options)
+    refused(outcome, run, '5 steps in a row', 'nonfinite_iter_5', arguments=())
+    check(outcome, not list(folder.glob('iter_*')), 'it was saved')
+
+
+for name, what, options, words in (
+    (
+        'head',
+        'another head',
+        (
+            'configs/demo/upernet_convnext-atto_shapes.py',
+            'model.decode_head.channels=96',
+        ),
+        ('size mismatch', 'decode_head'),
+    ),
+    (
+        'task',
+        'the config of a detector',
+        ('configs/demo/mask-rcnn_convnext-atto_shapes.py',),
+        ('decode_head',),
+    ),
+):
+
+    @fault(f'test-other-{name}', f'test.py with {what}')
+    def tested(
+        place: Place, folder: Path, outcome: Outcome, options=options, words=words
+    ) -> None:
+        config, *settings = options
+        done = subprocess.run(
+            [
+                *(sys.executable, 'tools/test.py', config),
+                *(place.reference(1, {}), '--work-dir', folder),
+                *('--data-root', place.data, '--cfg-options'),
+                *(f'{key}={value}' for key, value in NO_WORKERS.items()),
+                *settings,
+            ],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+        )
+        outcome.status, outcome.saw = done.returncode, done.stderr.splitlines()[-1]
+        check(outcome, outcome.status == 1, 'not status 1')
+        for word in words:
+            check(outcome, word in outcome.saw, f'{word!r} is not said')
+
+
+STUCK = """
+import os
+import time
+from mmengine.dist import get_rank
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
+
+@HOOKS.register_module()
+class StuckHook(Hook):
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        first = runner.work_dir + '/stuck'
+        if runner.iter == 12 and get_rank() == 1 and not os.path.exists(first):
+            open(first, 'w').close()
+            while True:
+                time.sleep(0.1)
+"""
+
+
+@fault('stuck-rank', 'process 1 of 2 in an endless loop in step 13')
+def stuck_rank(place: Place, folder: Path, outcome: Outcome) -> None:
+    module = folder.with_suffix('.modules')
+    module.mkdir(parents=True, exist_ok=True)
+    (module / 'stuck_hook.py').write_text(STUCK)
+    options = {
+        'custom_imports.imports': 'stuck_hook',
+        'custom_hooks': '[dict(type="StuckHook")]',
+        'default_hooks.stall.type': 'convnext_mm.StallHook',
+        'default_hooks.stall.stalled_seconds': 20,
+    }
+    run = Run(
+        place, folder, 2, options, env=dict(PYTHONPATH=f'{module}:{ROOT}')
+    ).start()
+    outcome.status = run.wait()
+    lines = [x for x in run.output().splitlines() if 'restart 1 of 3' in x]
+    outcome.saw = lines[-1] if lines else run.last_line()
+    check(outcome, 'process 1 on' in outcome.saw, 'not named')
+    stacks = folder / 'stacks/rank_1.txt'
+    check(
+        outcome, stacks.exists() and 'stuck_hook' in stacks.read_text(), 'not in stacks'
+    )
+    run.given = {}
+    finish(run, outcome, resume=False)
+
+
+@fault('timeout', 'process 1 of 2 stopped, only env_cfg.dist_cfg.timeout=20')
+def timeout(place: Place, folder: Path, outcome: Outcome) -> None:
+    options = {'env_cfg.dist_cfg.timeout': 20, 'default_hooks.stall': None}
+    run = Run(place, folder, 2, options, env=dict(MAX_RESTARTS='0')).start()
+    run.wait_for(13)
+    stopped = rank_pids(run)[1]
+    signal_to(stopped, signal.SIGSTOP)
+    start = time.monotonic()
+    outcome.status = run.wait(120)
+    check(outcome, time.monotonic() - start < 90, 'the timeout was not followed')
+    outcome.saw = run.last_line()
+    check(outcome, outcome.status == 1, 'not status 1')
+    finish(run, outcome)
+
+
+@contextmanager
+def two_hosts() -> Iterator[tuple[str, str]]:
+    """Two network namespaces with a cable between them: 10.77.0.1 and .2."""
+    names = ('convnext0', 'convnext1')
+
+    def ip(*words: str) -> None:
+        subprocess.run(['ip', *words], check=True)
+
+    for name in names:
+        subprocess.run(['ip', 'netns', 'del', name], stderr=subprocess.DEVNULL)
+        ip('netns', 'add', name)
+    try:
+        ip('link', 'add', 'cable0', 'type', 'veth', 'peer', 'name', 'cable1')
+        for number, name in enumerate(names):
+            ip('link', 'set', f'cable{number}', 'netns', name)
+            inside = ('-n', name)
+            ip(
+                *inside,
+                'addr',
+                'add',
+                f'10.77.0.{number + 1}/24',
+                'dev',
+                f'cable{number}',
+            )
+            ip(*inside, 'link', 'set', f'cable{number}', 'up')
+            ip(*inside, 'link', 'set', 'lo', 'up')
+        yield names
+    finally:
+        for name in names:
+            subprocess.run(['ip', 'netns', 'del', name])
+
+
+def on_hosts(
+    place: Place, folder: Path, outcome: Outcome, cut_seconds: float = 0
+) -> None:
+    """A process on each of two hosts; the second is cut off for a while."""
+    options = {
+        'default_hooks.stall.type': 'convnext_mm.StallHook',
+        'default_hooks.stall.frozen_seconds': 15,
+    }
+    with two_hosts() as names:
+        runs = []
+        for number, name in enumerate(names):
+            env = dict(
+                NNODES='2',
+                NODE_RANK=str(number),
+                MASTER_ADDR='10.77.0.1',
+                PORT='29511',
+                GLOO_SOCKET_IFNAME=f'cable{number}',
+            )
+            run = Run(place, folder, 2, options, env)
+            run.log = folder.with_suffix(f'.host{number}.log')
+            run.log.unlink(missing_ok=True)
+            command = run.command()
+            command[3] = '1'
+            run.command = lambda *_, c=command, n=name: ['ip', 'netns', 'exec', n, *c]
+            runs.append(run.start())
+        first, second = runs
+        first.wait_for(9)
+        if cut_seconds:
+            link = ('ip', '-n', names[1], 'link', 'set', 'cable1')
+            subprocess.run([*link, 'down'], check=True)
+            time.sleep(cut_seconds)
+            subprocess.run([*link, 'up'], check=True)
+        statuses = [run.wait(600) for run in runs]
+        outcome.status = max(statuses)
+        lines = [x for x in first.output().splitlines() if 'restart 1 of 3' in x]
+        outcome.saw = lines[-1] if lines else 'nothing'
+        check(outcome, statuses == [0, 0], f'ended with {statuses}')
+        check(outcome, bool(lines) is bool(cut_seconds), 'restarts')
+        first.given = {}
+        finish(first, outcome, resume=False)
+        del second
+
+
+@fault('two-hosts', 'nothing: two hosts with a process each')
+def hosts(place: Place, folder: Path, outcome: Outcome) -> None:
+    on_hosts(place, folder, outcome)
+
+
+@fault('two-hosts-cut', 'one of two hosts cut off for 40 seconds')
+def hosts_cut(place: Place, folder: Path, outcome: Outcome) -> None:
+    on_hosts(place, folder, outcome, cut_seconds=40)
+
+
+@fault('image-deleted', 'an image deleted while training')
+def image_deleted(place: Place, folder: Path, outcome: Outcome) -> None:
+    own = Place(folder.with_suffix('.place'))
+    run = Run(own, folder).start()
+    run.wait_for(5)
+    image = own.data / 'images/training/00003.png'
+    content = image.read_bytes()
+    image.unlink()
+    outcome.status = run.wait()
+    outcome.saw = run.last_line()
+    check(outcome, outcome.status == 1, 'not status 1')
+    check(outcome, image.name in outcome.saw, 'the image is not named')
+    image.write_bytes(content)
+    run.place = place
+    finish(run, outcome)
+
+
+@fault('image-deleted-budget', 'the same with max_unreadable_images=1')
+def image_deleted_budget(place: Place, folder: Path, outcome: Outcome) -> None:
+    own = Place(folder.with_suffix('.place'))
+    run = Run(own, folder, 1, {'max_unreadable_images': 1}).start()
+    run.wait_for(5)
+    (own.data / 'images/training/00003.png').unlink()
+    outcome.status = run.wait()
+    lines = [x for x in run.output().splitlines() if '00003.png' in x]
+    outcome.saw = lines[-1] if lines else run.last_line()
+    check(outcome, outcome.status == 0, 'not status 0')
+    check(outcome, bool(lines), 'the image is not named')
+
+
 def run_faults(names: list[str], folder: Path) -> list[Outcome]:
     """Injects them one after the other, and tells how it goes."""
     place = Place(folder)
@@ -841,6 +1092,35 @@ def run_faults(names: list[str], folder: Path) -> list[Outcome]:
             markup=False,
         )
     return outcomes
+
+
+def write(outcomes: list[Outcome]) -> None:
+    """Raw results, and their table in the page."""
+    content = dict(
+        command='python tools/maintenance/inject_faults.py --write',
+        machine=machine(),
+        steps=STEPS,
+        faults=[asdict(outcome) for outcome in outcomes],
+    )
+    path = ROOT / 'benchmarks' / 'faults.json'
+    path.write_text(json.dumps(content, indent=1) + '\n')
+    lines = [
+        '| fault | status | steps made again | difference | what the user saw |',
+        '| --- | --- | --- | --- | --- |',
+    ]
+    for outcome in outcomes:
+        saw = outcome.saw.replace('|', '/')
+        cells = (
+            outcome.fault + (' **(not as it must be)**' if outcome.problems else ''),
+            '' if outcome.status is None else outcome.status,
+            '' if outcome.steps_lost is None else outcome.steps_lost,
+            '' if outcome.difference is None else f'{outcome.difference:g}',
+            saw if len(saw) < SHOWN else f'{saw[:SHOWN]} ...',
+        )
+        lines.append('| ' + ' | '.join(map(str, cells)) + ' |')
+    page = ROOT / 'docs' / 'reliability.md'
+    before, mark, _ = page.read_text().partition(MARK)
+    page.write_text(before + mark + '\n\n' + '\n'.join(lines) + '\n')
 
 
 def main() -> None:
