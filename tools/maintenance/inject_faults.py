@@ -109,15 +109,16 @@ class Run:
         self.given = options or {}
         self.options = {**QUICK, **NO_WORKERS, **self.given}
         self.env = env or {}
+        self.config = CONFIG
         self.log = folder.with_suffix('.log')
         self.process: subprocess.Popen | None = None
 
     def command(self, *arguments: str) -> list[str]:
         settings = [f'{key}={value}' for key, value in self.options.items()]
         start = (
-            [sys.executable, 'tools/train.py', CONFIG]
+            [sys.executable, 'tools/train.py', self.config]
             if self.processes == 1
-            else ['bash', 'tools/dist_train.sh', CONFIG, str(self.processes)]
+            else ['bash', 'tools/dist_train.sh', self.config, str(self.processes)]
         )
         return [
             *start,
@@ -299,7 +300,7 @@ WAYS: dict[str, tuple[int, dict[str, Any]]] = {
     'one process': (1, {}),
     'two data workers': (1, WORKERS),
     'accumulation of 3': (1, {'optim_wrapper.accumulative_counts': 3}),
-    'averaged weights': (1, {'custom_hooks': '[dict(type="EMAHook")]'}),
+    'averaged weights': (1, {'default_hooks.average.type': 'EMAHook'}),
     'bfloat16': (
         1,
         {
@@ -912,15 +913,19 @@ def stuck_rank(place: Place, folder: Path, outcome: Outcome) -> None:
     module = folder.with_suffix('.modules')
     module.mkdir(parents=True, exist_ok=True)
     (module / 'stuck_hook.py').write_text(STUCK)
+    config = module / 'stuck.py'
+    config.write_text(
+        f"_base_ = '{ROOT / CONFIG}'\n"
+        "custom_imports = dict(imports='stuck_hook')\n"
+        "custom_hooks = [dict(type='StuckHook')]\n"
+    )
     options = {
-        'custom_imports.imports': 'stuck_hook',
-        'custom_hooks': '[dict(type="StuckHook")]',
         'default_hooks.stall.type': 'convnext_mm.StallHook',
         'default_hooks.stall.stalled_seconds': 20,
     }
-    run = Run(
-        place, folder, 2, options, env=dict(PYTHONPATH=f'{module}:{ROOT}')
-    ).start()
+    run = Run(place, folder, 2, options, env=dict(PYTHONPATH=f'{module}:{ROOT}'))
+    run.config = str(config)
+    run.start()
     outcome.status = run.wait()
     lines = [x for x in run.output().splitlines() if 'restart 1 of 3' in x]
     outcome.saw = lines[-1] if lines else run.last_line()
