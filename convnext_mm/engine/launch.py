@@ -19,6 +19,7 @@ from .agreement import Interrupted
 from .errors import ConfigError
 from .runner import Runner
 from .sharding import is_sharded
+from .work_folder import check_writable
 
 GPUS = ('cuda', 'npu', 'mlu', 'musa')
 AMP_DEVICES = {  # what the wrappers of mixed precision do not refuse
@@ -141,7 +142,11 @@ def running(cfg: Config) -> Iterator[MMEngineRunner]:
 
     After a block without error, or one that a signal ended, the runner is empty,
     and the processes that loaded its data have ended.
+
+    Raises:
+        ConfigError: Nothing can be written into the work folder.
     """
+    check_writable(cfg.work_dir)
     with process_group(cfg):
         runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
         try:

@@ -423,12 +423,14 @@ class Runner(ShardableRunner):
             if not scheduler.by_epoch and scheduler.end != state['end'] > 0:
                 share = state['end'] / scheduler.end
                 values = ('base_values', '_last_value')
+                last_step = round(scheduler.last_step * share)
+                offset = scheduler._global_step - scheduler.last_step
                 scheduler.load_state_dict(
                     {
                         **state,
                         **{name: getattr(scheduler, name) for name in values},
-                        'last_step': round(scheduler.last_step * share),
-                        '_global_step': round(scheduler._global_step * share),
+                        'last_step': last_step,
+                        '_global_step': last_step + offset,
                     }
                 )
 

@@ -5,6 +5,7 @@ import contextlib
 import os
 import re
 import socket
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -143,6 +144,22 @@ def clear(folder: str | os.PathLike, keep: Path | None = None) -> None:
         print_log(f'Deleted {len(old)} checkpoints in {folder}.', 'current')
 
 
+def check_writable(folder: str | os.PathLike) -> None:
+    """
+    Raises:
+        ConfigError: Nothing can be written there.
+    """
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f'nothing can be written into {folder} ({error.strerror}): give a '
+            '--work-dir that can be'
+        ) from error
+
+
 @contextlib.contextmanager
 def locked(folder: str | os.PathLike) -> Iterator[None]:
     """Keeps other runs out of a folder. The system lets go of the lock when its
@@ -154,15 +171,8 @@ def locked(folder: str | os.PathLike) -> Iterator[None]:
     import fcntl  # not on Windows
 
     path = Path(folder, LOCK)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, 'a+')  # noqa: SIM115
-    except OSError as error:
-        raise ConfigError(
-            f'nothing can be written into {folder} ({error.strerror}): give a '
-            '--work-dir that can be'
-        ) from error
-    with file:
+    check_writable(folder)
+    with open(path, 'a+') as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -96,6 +96,9 @@ def make(folder, fault=None, by_epoch=False, workers=0, **settings):
         if by_epoch
         else dict(type='IterBasedTrainLoop', max_iters=STEPS)
     )
+    schedule = dict(
+        type='CosineAnnealingLR', by_epoch=False, T_max=STEPS, begin=0, end=STEPS
+    )
     optim = settings.pop('optim_wrapper', {})
     hooks = settings.pop('hooks', [])
     checkpoint = dict(
@@ -112,7 +115,7 @@ def make(folder, fault=None, by_epoch=False, workers=0, **settings):
         model=model,
         work_dir=str(folder),
         train_dataloader=dict(
-            batch_size=2,
+            batch_size=settings.pop('batch_size', 2),
             num_workers=workers,
             persistent_workers=workers > 0,
             dataset=Augmented(),
@@ -121,9 +124,7 @@ def make(folder, fault=None, by_epoch=False, workers=0, **settings):
             **settings.pop('loader', {}),
         ),
         optim_wrapper={'optimizer': dict(type='AdamW', lr=0.01), **optim},
-        param_scheduler=dict(
-            type='CosineAnnealingLR', by_epoch=False, T_max=STEPS, begin=0, end=STEPS
-        ),
+        param_scheduler=settings.pop('param_scheduler', schedule),
         train_cfg=loops,
         default_hooks=dict(
             checkpoint={**checkpoint, **settings.pop('checkpoint', {})},

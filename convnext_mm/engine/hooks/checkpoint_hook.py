@@ -82,6 +82,7 @@ class CheckpointHook(MMEngineCheckpointHook):
         self.file_backend: Any = None
         self._due: tuple[int, dict[str, int]] | None = None  # step, meta
         self._attempt: tuple[str, dict[str, int]] | None = None  # file name, meta
+        self._doomed: list[tuple[Callable[[str], None], str]] = []
         self._failing_since: float | None = None
         self._saved_at = self._tried_at = time.monotonic()
 
@@ -220,7 +221,9 @@ class CheckpointHook(MMEngineCheckpointHook):
         """Has a checkpoint written, and what it replaces removed afterwards."""
         self._attempt = name, meta
         self._tried_at = time.monotonic()
-        doomed = [] if runner.skipped_in_a_row else self.file_backend.take()
+        if not runner.skipped_in_a_row:
+            self._doomed += self.file_backend.take()
+        doomed = list(self._doomed)  # those of saves that failed as well
 
         def then() -> None:
             self._failing_since = None
@@ -228,6 +231,7 @@ class CheckpointHook(MMEngineCheckpointHook):
             self._point_to(runner, name)
             for remove, path in doomed:
                 remove(path)
+                self._doomed.remove((remove, path))
             if not runner.skipped_in_a_row:
                 self._remove_autosaves(name)
 

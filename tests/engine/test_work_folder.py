@@ -1,0 +1,274 @@
+"""Work folders: which checkpoint is the newest, who owns a folder, what is refused."""
+
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from convnext_mm.checkpoint import (
+    CheckpointFileError,
+    CheckpointMismatchError,
+    read_checkpoint,
+)
+from convnext_mm.checkpoint.errors import CheckpointWriteError
+from convnext_mm.checkpoint.write import BackgroundWriter, write_checkpoint
+from convnext_mm.engine.errors import ConfigError
+from convnext_mm.engine.hooks import checkpoint_hook
+from convnext_mm.engine.work_folder import (
+    check_newest,
+    check_unused,
+    checkpoints,
+    clear,
+    locked,
+    newest_valid,
+)
+from repo import ROOT
+from toy_runs import Fault, Killed, kill, make, same, weights
+
+CONTENT = dict(meta={}, state_dict=dict(weight=torch.arange(1000.0)))
+
+
+def names(folder):
+    return [path.name for path in checkpoints(folder)]
+
+
+def touch(folder, *files):
+    for file in files:
+        write_checkpoint(CONTENT, folder / file)
+
+
+def test_order(tmp_path):
+    touch(tmp_path, 'iter_9.pth', 'iter_10.pth', 'autosave_iter_11.pth', 'best_x.pth')
+    assert names(tmp_path) == ['autosave_iter_11.pth', 'iter_10.pth', 'iter_9.pth']
+    for path in tmp_path.glob('*.pth'):
+        path.unlink()
+    touch(tmp_path, 'epoch_2.pth', 'epoch_10.pth', 'autosave_epoch_2_iter_99.pth')
+    assert names(tmp_path) == [
+        'epoch_10.pth',
+        'autosave_epoch_2_iter_99.pth',
+        'epoch_2.pth',
+    ]
+
+
+def test_newest_valid(tmp_path):
+    assert newest_valid(tmp_path) is None
+    touch(tmp_path, 'iter_1.pth', 'iter_2.pth', 'iter_3.pth')
+    os.truncate(tmp_path / 'iter_3.pth', 1000)
+    (tmp_path / 'iter_2.pth').write_bytes(b'')
+    assert newest_valid(tmp_path).name == 'iter_1.pth'
+    os.truncate(tmp_path / 'iter_1.pth', 10)
+    with pytest.raises(CheckpointFileError, match='of 3 checkpoints none.*--overwrite'):
+        newest_valid(tmp_path)
+
+
+def test_used_folder_is_refused_and_cleared(tmp_path):
+    check_unused(tmp_path)
+    touch(tmp_path, 'iter_8.pth', 'iter_16.pth', 'best_mIoU_iter_8.pth', 'mine.pth')
+    with pytest.raises(ConfigError, match='iter_16.pth.*--resume.*--overwrite'):
+        check_unused(tmp_path)
+    check_newest(tmp_path / 'iter_16.pth', tmp_path)
+    with pytest.raises(ConfigError, match='iter_16.pth.*iter_8.pth'):
+        check_newest(tmp_path / 'iter_8.pth', tmp_path)
+    with pytest.raises(ConfigError, match=r'iter_16.pth'):
+        check_newest(tmp_path.parent / 'iter_99.pth', tmp_path)
+    clear(tmp_path, keep=tmp_path / 'iter_8.pth')
+    assert names(tmp_path) == ['iter_8.pth']
+    clear(tmp_path)
+    assert [path.name for path in tmp_path.glob('*.pth')] == ['mine.pth']
+
+
+def hold(folder, ready):
+    with locked(folder):
+        ready.set()
+        time.sleep(60)
+
+
+def test_lock(tmp_path):
+    """A second process is kept out; a dead one's lock is not."""
+    context = multiprocessing.get_context('fork')
+    ready = context.Event()
+    owner = context.Process(target=hold, args=(tmp_path, ready))
+    owner.start()
+    assert ready.wait(30)
+    with (
+        pytest.raises(ConfigError, match=f'under way.*process {owner.pid}'),
+        locked(tmp_path),
+    ):
+        pass
+    os.kill(owner.pid, signal.SIGKILL)
+    owner.join()
+    (tmp_path / '.iter_8.pth.1.part').touch()
+    with locked(tmp_path):
+        assert not (tmp_path / '.iter_8.pth.1.part').exists()
+
+
+def test_write_is_whole_or_nothing(tmp_path, monkeypatch):
+    path = tmp_path / 'iter_8.pth'
+    write_checkpoint(CONTENT, path)
+    before = path.read_bytes()
+
+    def tear(content, file):
+        file.write(b'torn')
+        raise OSError(28, 'No space left on device')
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, 'save', tear)
+        with pytest.raises(CheckpointWriteError, match='No space left'):
+            write_checkpoint(CONTENT, path)
+        patch.setattr(torch, 'save', lambda content, file: file.write(b'torn'))
+        with pytest.raises(CheckpointWriteError):
+            write_checkpoint(CONTENT, path)
+        patch.setattr(shutil, 'disk_usage', lambda _: shutil._ntuple_diskusage(9, 9, 0))
+        with pytest.raises(CheckpointWriteError, match='it takes 1 MB.*has 0 MB free'):
+            write_checkpoint(CONTENT, path)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_background_copy_does_not_change(tmp_path):
+    weight = torch.zeros(10**6)
+    writer, done = BackgroundWriter(), []
+    writer.write(
+        dict(state_dict=dict(w=weight)), tmp_path / 'a.pth', lambda: done.append(1)
+    )
+    weight.add_(1)
+    writer.wait()
+    assert done == [1]
+    assert not read_checkpoint(tmp_path / 'a.pth')['state_dict']['w'].any()
+
+
+@pytest.fixture
+def quick_retry(monkeypatch):
+    monkeypatch.setattr(checkpoint_hook, 'RETRY_SECONDS', 0.05)
+
+
+class FullDisk:
+    """Refuses some of the writes."""
+
+    def __init__(self, monkeypatch, refused):
+        self.calls = 0
+        from convnext_mm.checkpoint import write
+
+        real = write.write_checkpoint
+
+        def maybe(content, path):
+            self.calls += 1
+            if self.calls in refused:
+                raise CheckpointWriteError(f'{path} could not be written: full')
+            real(content, path)
+
+        monkeypatch.setattr(write, 'write_checkpoint', maybe)
+
+
+def test_full_disk_costs_a_warning(tmp_path, monkeypatch, quick_retry):
+    disk = FullDisk(monkeypatch, refused=(2, 3))
+    runner = make(tmp_path)
+    runner.train()
+    assert disk.calls > 3
+    assert names(tmp_path) == ['iter_11.pth']
+
+
+def test_full_disk_never_removes_the_last(tmp_path, monkeypatch, quick_retry):
+    FullDisk(monkeypatch, refused=range(2, 10**6))
+    runner = make(tmp_path, checkpoint=dict(give_up_minutes=0.005))
+    with pytest.raises(CheckpointWriteError, match=r'for 0.005 minutes.*iter_4.pth'):
+        runner.train()
+    assert names(tmp_path) == ['iter_4.pth']
+    assert (tmp_path / 'last_checkpoint').read_text() == 'iter_4.pth'
+
+
+def test_autosaves_by_time(tmp_path):
+    runner = make(
+        tmp_path, Fault(7, kill), checkpoint=dict(autosave_minutes=1e-9, interval=100)
+    )
+    with pytest.raises(Killed):
+        runner.train()
+    runner.writer.wait()
+    assert names(tmp_path) == ['autosave_iter_6.pth']
+    resumed = make(tmp_path, resume=True, checkpoint=dict(interval=100))
+    resumed.train()
+    straight = make(tmp_path / 'straight')
+    straight.train()
+    assert same(weights(resumed), weights(straight))
+    assert names(tmp_path) == ['iter_11.pth']
+
+
+@pytest.mark.parametrize(
+    'change, words',
+    [
+        (dict(optim_wrapper=dict(optimizer=dict(type='AdamW', lr=0.5))), 'lr was 0.01'),
+        (dict(optim_wrapper=dict(accumulative_counts=2)), None),
+        (dict(batch_size=1), None),
+    ],
+)
+def test_changed_settings(change, words, tmp_path):
+    def cfg(settings):
+        optim = {'optimizer': dict(lr=0.01), **settings.get('optim_wrapper', {})}
+        return dict(optim_wrapper=optim, max_keep=1)
+
+    stopped = make(tmp_path, Fault(5, kill), cfg=cfg({}))
+    with pytest.raises(Killed):
+        stopped.train()
+    stopped.writer.wait()
+    resumed = make(tmp_path, resume=True, cfg=cfg(change), **change)
+    if words is None:
+        resumed.train()
+    else:
+        with pytest.raises(CheckpointMismatchError, match=words):
+            resumed.train()
+
+
+def test_epochs_with_other_batches_keep_their_schedule(tmp_path):
+    """A schedule told in epochs counts steps: it goes on at its part of the run."""
+    schedule = dict(
+        type='CosineAnnealingLR',
+        T_max=3,
+        end=3,
+        by_epoch=True,
+        convert_to_iter_based=True,
+    )
+    stopped = make(tmp_path, Fault(9, kill), by_epoch=True, param_scheduler=schedule)
+    with pytest.raises(Killed):
+        stopped.train()
+    stopped.writer.wait()
+    assert names(tmp_path) == ['epoch_2.pth']
+    resumed = make(
+        tmp_path, by_epoch=True, param_scheduler=schedule, batch_size=1, resume=True
+    )
+    resumed.train()
+    assert resumed.iter == 21  # 3 epochs of 7
+    straight = make(
+        tmp_path / 'straight', by_epoch=True, param_scheduler=schedule, batch_size=1
+    )
+    straight.train()
+    ours, theirs = (run.param_schedulers[0] for run in (resumed, straight))
+    assert (ours.last_step, ours.end) == (theirs.last_step, 21)
+    rates = [run.optim_wrapper.get_lr()['lr'][0] for run in (resumed, straight)]
+    assert rates[0] == pytest.approx(rates[1], rel=1e-4)
+
+
+def test_launcher_starts_nothing_again_after_a_mistake():
+    """The launcher names a mistake once, last, and starts nothing again."""
+    done = subprocess.run(
+        [
+            sys.executable,
+            '-m',
+            'convnext_mm.engine.launcher',
+            'tools/train.py',
+            'no.py',
+        ],
+        cwd=ROOT,
+        env={**os.environ, 'GPUS': '2', 'PYTHONPATH': str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith('error: process') and "'no.py' does not exist" in last
+    assert 'restart' not in done.stderr and 'Traceback' not in done.stderr
