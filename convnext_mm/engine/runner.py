@@ -18,7 +18,7 @@ from mmengine.dist import broadcast_object_list, get_world_size, is_main_process
 from mmengine.fileio import join_path
 from mmengine.hooks import CheckpointHook as MMEngineCheckpointHook
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
+from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.runner import BaseLoop, save_checkpoint
 from mmengine.runner import EpochBasedTrainLoop as MMEngineEpochBasedTrainLoop
 from mmengine.runner import IterBasedTrainLoop as MMEngineIterBasedTrainLoop
@@ -510,6 +510,8 @@ class Runner(ShardableRunner):
 
     @property
     def _bare_model(self) -> nn.Module:
+        if isinstance(self.model, BaseTTAModel):
+            return self.model.module
         return self.model.module if is_model_wrapper(self.model) else self.model
 
     @functools.cached_property

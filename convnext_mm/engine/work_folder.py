@@ -144,14 +144,14 @@ def clear(folder: str | os.PathLike, keep: Path | None = None) -> None:
         print_log(f'Deleted {len(old)} checkpoints in {folder}.', 'current')
 
 
-def check_writable(folder: str | os.PathLike) -> None:
+def check_writable(folder: str | os.PathLike[str]) -> None:
     """
     Raises:
         ConfigError: Nothing can be written there.
     """
     try:
         os.makedirs(folder, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
+        with tempfile.TemporaryFile(dir=os.fspath(folder)):
             pass
     except OSError as error:
         raise ConfigError(

@@ -33,6 +33,7 @@ from convnext_mm.checkpoint.write import write_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = 'configs/demo/upernet_convnext-atto_shapes.py'
+LAYER_DECAY = 'convnext_mm.LayerDecayOptimWrapperConstructor'
 STEPS = 24
 SHOWN = 240  # letters of what the user saw, in the page
 MARK = '<!-- made by tools/maintenance/inject_faults.py -->'
@@ -552,7 +553,7 @@ for name, what, options, words in (
         'decay',
         'another layer decay',
         {
-            'optim_wrapper.constructor': 'convnext_mm.LayerDecayOptimWrapperConstructor',
+            'optim_wrapper.constructor': LAYER_DECAY,
             'optim_wrapper.paramwise_cfg.decay_rate': 0.5,
             'optim_wrapper.paramwise_cfg.decay_type': 'layer_wise',
         },
