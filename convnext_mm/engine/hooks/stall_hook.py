@@ -61,6 +61,8 @@ class StallHook(Hook):
         self.stalled_seconds = stalled_seconds
         self._events = 0  # hooks passed: how far this process is
         self._doing = 'starts'
+        self._seen: dict[int, tuple[dict, float]] = {}  # state, when it came
+        self._verdict: str | None = None
         self._ended = threading.Event()
 
     def before_train(self, runner: Any) -> None:
@@ -87,7 +89,8 @@ class StallHook(Hook):
         self._store = torch.distributed.PrefixStore(  # type: ignore[attr-defined]
             prefix, store
         )
-        threading.Thread(target=self._watch, daemon=True).start()
+        for target in (self._tell_and_ask, self._watch):
+            threading.Thread(target=target, daemon=True).start()
 
     def after_train(self, runner: Any) -> None:
         """Stops watching."""
@@ -113,35 +116,33 @@ class StallHook(Hook):
         """Metrics are there."""
         self._at(runner, 'is behind a validation before the computation')
 
-    def _watch(self) -> None:
+    def _tell_and_ask(self) -> None:
+        """Exchanges states with the others. A call may wait for ever where the
+        process that holds the store is stopped, so another thread judges."""
         beats = 0
-        seen: dict[int, tuple[dict, float]] = {}
-        moved = contact = time.monotonic()
-        before: list[int] = []
         while not self._ended.wait(BEAT_SECONDS):
             beats += 1
-            verdict = None
-            try:
+            with contextlib.suppress(torch.distributed.DistError, RuntimeError):
                 self._store.set(str(self.rank), json.dumps(self._state(beats)))
-                verdict = self._verdict()
+                if self._store.check([VERDICT]):
+                    self._verdict = self._store.get(VERDICT).decode()
                 # Process 0 looks at all, the others only at process 0.
                 for rank in range(self.world_size) if self.rank == 0 else (0,):
-                    self._look(rank, seen)
-                contact = time.monotonic()
-            except (torch.distributed.DistError, RuntimeError) as error:
-                if time.monotonic() - contact > self.frozen_seconds:
-                    verdict = (
-                        f'process 0 at {os.environ["MASTER_ADDR"]} does not answer '
-                        f'({type(error).__name__})'
-                    )
+                    self._look(rank)
+        with contextlib.suppress(torch.distributed.DistError, RuntimeError):
+            self._store.set(str(self.rank), json.dumps(self._state(beats)))
+
+    def _watch(self) -> None:
+        moved = time.monotonic()
+        before: list[int] = []
+        while not self._ended.wait(1):
+            seen = dict(self._seen)
             events = [state['events'] for state, _ in seen.values()]
             if events != before:
                 before, moved = events, time.monotonic()
-            verdict = verdict or self._judge(seen, time.monotonic() - moved)
+            verdict = self._verdict or self._judge(seen, time.monotonic() - moved)
             if verdict is not None:
                 self._end(verdict)
-        with contextlib.suppress(torch.distributed.DistError, RuntimeError):
-            self._store.set(str(self.rank), json.dumps(self._state(beats)))
 
     def _state(self, beats: int) -> dict[str, Any]:
         return dict(
@@ -153,18 +154,13 @@ class StallHook(Hook):
             host=socket.gethostname(),
         )
 
-    def _verdict(self) -> str | None:
-        if not self._store.check([VERDICT]):
-            return None
-        return self._store.get(VERDICT).decode()
-
-    def _look(self, rank: int, seen: dict[int, tuple[dict, float]]) -> None:
+    def _look(self, rank: int) -> None:
         """Reads a state, and when it last changed."""
         if not self._store.check([str(rank)]):
             return
         state = json.loads(self._store.get(str(rank)))
-        if rank not in seen or seen[rank][0] != state:
-            seen[rank] = state, time.monotonic()
+        if rank not in self._seen or self._seen[rank][0] != state:
+            self._seen[rank] = state, time.monotonic()
 
     def _judge(self, seen: dict[int, tuple[dict, float]], still: float) -> str | None:
         now = time.monotonic()
@@ -197,13 +193,18 @@ class StallHook(Hook):
         with open(folder / f'rank_{self.rank}.txt', 'w') as file:
             file.write(f'{verdict}\nprocess {self.rank} {self._doing}\n\n')
             faulthandler.dump_traceback(file)
-        with contextlib.suppress(torch.distributed.DistError, RuntimeError):
-            self._store.set(VERDICT, verdict)
+        telling = threading.Thread(target=self._tell, args=(verdict,), daemon=True)
+        telling.start()
+        telling.join(BEAT_SECONDS)
         supervision.report(f'{verdict}; stacks are in {folder}', mendable=True)
         if self.rank == 0:
             print(f'error: {verdict}', flush=True)
             time.sleep(2 * BEAT_SECONDS)  # it may hold what the others ask
         os._exit(supervision.STALLED)
+
+    def _tell(self, verdict: str) -> None:
+        with contextlib.suppress(torch.distributed.DistError, RuntimeError):
+            self._store.set(VERDICT, verdict)
 
 
 def _why(state: dict[str, Any]) -> str:
