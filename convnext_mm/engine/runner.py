@@ -42,6 +42,7 @@ from .loops import EpochBasedTrainLoop, IterBasedTrainLoop
 from .settings import changes, check_changes, flatten
 from .sharding import ShardableRunner
 from .work_folder import (
+    VALIDATED,
     check_newest,
     check_unused,
     checkpoints,
@@ -119,6 +120,8 @@ class Runner(ShardableRunner):
                 raise ConfigError(problem)
             if goes_on:
                 self._resume, self._load_from = True, None
+            if is_main_process() and not self._resume:
+                Path(self.work_dir, VALIDATED).unlink(missing_ok=True)
             supervision.mark_started()
             for hook in self.hooks:
                 if isinstance(hook, CheckpointHook):

@@ -1,6 +1,7 @@
 """A run that was interrupted gives the weights of one that was not, bit for bit."""
 
 import traceback
+from types import SimpleNamespace
 
 import pytest
 
@@ -60,3 +61,21 @@ def test_resumed_is_undisturbed(case, how, at, straight, tmp_path):
     if how is terminate:
         assert fault.first is None or at <= fault.first <= at + waits
     assert fault.first is None or at - 4 - waits <= fault.first
+
+
+@pytest.mark.parametrize('resume', [False, True])
+def test_validation_is_made_once_in_a_run(resume, tmp_path, monkeypatch):
+    """One that was cut off comes again; a new run in the folder makes its own."""
+    made = []
+    for _ in range(2):
+        runner = make(tmp_path, checkpoint=None, resume=resume)
+        monkeypatch.setattr(runner, 'load_or_resume', lambda: None)
+        loop = runner.build_train_loop(runner._train_loop)
+        loop.val_interval, loop.dynamic_intervals = 5, [5]
+        runner._train_loop = loop
+        runner._val_loop = SimpleNamespace(
+            run=lambda loop=loop: made.append(loop.iter), evaluator=None
+        )
+        monkeypatch.setattr(runner, 'build_val_loop', lambda loop: loop)
+        runner.train()
+    assert made == [5, 10, 11] + ([5, 10] if resume else [5, 10, 11])

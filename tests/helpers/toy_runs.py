@@ -127,7 +127,9 @@ def make(folder, fault=None, by_epoch=False, workers=0, **settings):
         param_scheduler=settings.pop('param_scheduler', schedule),
         train_cfg=loops,
         default_hooks=dict(
-            checkpoint={**checkpoint, **settings.pop('checkpoint', {})},
+            checkpoint=change
+            if (change := settings.pop('checkpoint', {})) is None
+            else {**checkpoint, **change},
             **settings.pop('default_hooks', {}),
         ),
         custom_hooks=[*hooks, fault or Fault()],

@@ -29,14 +29,7 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    'name',
-    [
-        'kill-during-save',
-        'sigterm-two-processes',
-        'kill-rank-1',
-        'kill-launcher',
-        'changed-fewer',
-    ],
+    'name', ['kill-during-save', 'sigterm-two-processes', 'kill-rank-1']
 )
 def test_fault(name, folder):
     (outcome,) = faults.run_faults([name], folder)

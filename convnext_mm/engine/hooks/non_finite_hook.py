@@ -10,7 +10,6 @@ from mmengine.dist import all_gather_object, get_rank
 from mmengine.hooks import Hook
 from mmengine.structures import BaseDataElement
 from torch import Tensor
-from torch.nn.modules.batchnorm import _NormBase
 
 from convnext_mm import private_names
 from convnext_mm.checkpoint.errors import CheckpointWriteError
@@ -71,7 +70,7 @@ class NonFiniteHook(Hook):
         self._buffers = [
             buffer
             for module in runner.model.modules()
-            if isinstance(module, _NormBase)
+            if getattr(module, 'track_running_stats', False)
             for buffer in module.buffers()
         ]
         self._kept = [buffer.clone() for buffer in self._buffers]
@@ -224,8 +223,11 @@ def _clipped_norm(wrapper: Any) -> float | None:
 
 
 def _copy(to: list[Tensor], source: list[Tensor]) -> None:
-    if to:
+    if to and private_names.has('torch._foreach_copy_'):
         torch._foreach_copy_(to, source)
+        return
+    for kept, tensor in zip(to, source):
+        kept.copy_(tensor)
 
 
 def _describe(batch: Any, losses: Any) -> tuple[list[str], list[str]]:
