@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from convnext_mm.engine.agreement import REQUEUE, Interrupted
+from convnext_mm.engine.work_folder import VALIDATED
 from toy_runs import Fault, Killed, kill, make, same, terminate, weights
 
 CASES = {
@@ -63,19 +64,25 @@ def test_resumed_is_undisturbed(case, how, at, straight, tmp_path):
     assert fault.first is None or at - 4 - waits <= fault.first
 
 
-@pytest.mark.parametrize('resume', [False, True])
-def test_validation_is_made_once_in_a_run(resume, tmp_path, monkeypatch):
-    """One that was cut off comes again; a new run in the folder makes its own."""
+@pytest.mark.parametrize(
+    'resume, start, validated, expected',
+    [
+        (False, 0, '11', [5, 10, 11]),  # what ran before does not matter
+        (True, 10, '10', [11]),
+        (True, 10, '5', [10, 11]),  # it was cut off
+    ],
+)
+def test_validation_is_made_once(
+    resume, start, validated, expected, tmp_path, monkeypatch
+):
     made = []
-    for _ in range(2):
-        runner = make(tmp_path, checkpoint=None, resume=resume)
-        monkeypatch.setattr(runner, 'load_or_resume', lambda: None)
-        loop = runner.build_train_loop(runner._train_loop)
-        loop.val_interval, loop.dynamic_intervals = 5, [5]
-        runner._train_loop = loop
-        runner._val_loop = SimpleNamespace(
-            run=lambda loop=loop: made.append(loop.iter), evaluator=None
-        )
-        monkeypatch.setattr(runner, 'build_val_loop', lambda loop: loop)
-        runner.train()
-    assert made == [5, 10, 11] + ([5, 10] if resume else [5, 10, 11])
+    (tmp_path / VALIDATED).write_text(validated)
+    runner = make(tmp_path, checkpoint=None, resume=resume)
+    monkeypatch.setattr(runner, 'load_or_resume', lambda: None)
+    loop = runner.build_train_loop(runner._train_loop)
+    loop.val_interval, loop.dynamic_intervals, loop._iter = 5, [5], start
+    runner._train_loop = loop
+    runner._val_loop = SimpleNamespace(run=lambda: made.append(loop.iter))
+    monkeypatch.setattr(runner, 'build_val_loop', lambda loop: loop)
+    runner.train()
+    assert made == expected
