@@ -4,6 +4,8 @@ to save, or that a scheduler wants the machine back."""
 import mmap
 import os
 import signal
+import threading
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -75,7 +77,11 @@ class StopSignals:
     def __init__(self) -> None:
         self._owner = os.getpid()
         self._shared = mmap.mmap(-1, 1)
-        self._before = {number: signal.signal(number, self) for number in SIGNALS}
+        self._before: dict[int, Any] = {}
+        # Elsewhere Python takes no handlers.
+        if threading.current_thread() is threading.main_thread():
+            self._before = {n: signal.signal(n, self) for n in SIGNALS}
+            ServesLastSteps.signals = self
 
     @property
     def received(self) -> int:
@@ -100,8 +106,29 @@ class StopSignals:
 
     def restore(self) -> None:
         """Puts the handlers of before back."""
+        ServesLastSteps.signals = None
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            signal.signal(number, handler or signal.SIG_DFL)
+
+
+class ServesLastSteps:
+    """A data loader's ``worker_init_fn`` that has a worker listen to signals as its
+    parent does, whichever handlers PyTorch gave it.
+
+    Args:
+        init_fn: What to call besides.
+    """
+
+    signals: StopSignals | None = None  # of the parent, which forks
+
+    def __init__(self, init_fn: Callable[[int], None] | None) -> None:
+        self.init_fn = init_fn
+
+    def __call__(self, worker_id: int) -> None:
+        for number in SIGNALS if self.signals else ():
+            signal.signal(number, self.signals)
+        if self.init_fn is not None:
+            self.init_fn(worker_id)
 
 
 class Interrupted(SystemExit):

@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import os
+import signal
 import traceback
 from collections.abc import Iterator
 from datetime import timedelta
@@ -152,6 +153,8 @@ def running(cfg: Config) -> Iterator[MMEngineRunner]:
         try:
             yield runner
         except Interrupted as error:
+            # A launcher or Slurm ends what is left as soon as one process ended.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
             traceback.clear_frames(error.__traceback__)
             vars(runner).clear()
             raise

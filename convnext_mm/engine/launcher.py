@@ -5,6 +5,7 @@ to them, and starts them again after faults that a restart can mend.
 environment, as those of OpenMMLab's ``dist_train.sh`` do.
 """
 
+import contextlib
 import logging
 import os
 import shutil
@@ -30,6 +31,7 @@ from .errors import ConfigError
 from .supervision import ATTEMPT, FOLDER, STALLED, read_reports
 
 JOIN_SECONDS = 1800  # for machines to find each other, again after one was lost
+START_SECONDS = 60  # in which a process tells its id
 LOG = 'launcher.log'
 
 
@@ -101,6 +103,8 @@ class Launcher:
         self.settings = settings
         self.folder = Path(tempfile.mkdtemp(prefix='convnext_mm-launch-'))
         self._signal = 0
+        self._signal_at = 0.0
+        self._told: set[Path] = set()  # files of process ids
         self._failure: BaseException | None = None
 
     def run(self) -> int:
@@ -156,6 +160,11 @@ class Launcher:
         agent.start()
         while agent.is_alive():
             agent.join(0.2)
+            if self._signal:  # also to those that were only starting
+                self._tell_processes(self._signal)
+                waited = time.monotonic() - self._signal_at
+                if waited > START_SECONDS and not self._told:
+                    return InterruptedError('nothing was running yet')
         return self._failure
 
     def _agent(self, number: int) -> None:
@@ -200,16 +209,20 @@ class Launcher:
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
         again = self._signal == signal.SIGINT == number
-        self._signal = number
-        for path in self.folder.glob('*.pid'):
-            try:
-                os.kill(int(path.read_text()), signal.SIGKILL if again else number)
-            except (ProcessLookupError, ValueError):
-                continue
+        self._signal, self._signal_at = number, time.monotonic()
+        self._told = set()
+        self._tell_processes(signal.SIGKILL if again else number)
         if again:
             _say('Stopped at once: what came after the last checkpoint is lost.')
             self._keep_logs()
             os._exit(128 + number)
+
+    def _tell_processes(self, number: int) -> None:
+        """Signals those that do not know yet."""
+        for path in set(self.folder.glob('*.pid')) - self._told:
+            with contextlib.suppress(ProcessLookupError, ValueError):
+                os.kill(int(path.read_text()), number)
+                self._told.add(path)
 
     def _explain(self, failure: BaseException) -> tuple[str, bool]:
         """A sentence, and whether a restart can mend it."""

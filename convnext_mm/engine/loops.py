@@ -1,10 +1,11 @@
 """MMEngine's training loops, which a resumed run enters where it was left."""
 
-from collections.abc import Iterator, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from mmengine.dist import is_main_process
+from mmengine.dist import broadcast_object_list, is_main_process
 from mmengine.runner import EpochBasedTrainLoop as MMEngineEpochBasedTrainLoop
 from mmengine.runner import IterBasedTrainLoop as MMEngineIterBasedTrainLoop
 from torch import nn
@@ -27,6 +28,7 @@ class _ResumableLoop:
     runner: Any
     dataloader: Any
     val_begin: int
+    _decide_current_val_interval: Callable[[], None]
     val_interval: int
     _iter: int
 
@@ -39,18 +41,37 @@ class _ResumableLoop:
         seed_step(self.runner.seed, self._iter)
 
     def validate_if_due(self, done: int, end: int) -> None:
-        """Validates, once, after ``done`` of ``end`` epochs or iterations."""
-        marker = Path(self.runner.work_dir, VALIDATED)
+        """Validates after some of the epochs or iterations.
+
+        Args:
+            done, end: How many are over, and are to be.
+        """
         if (
             self.runner.val_loop is None
             or done < max(self.val_begin, 1)
             or (done % self.val_interval and done != end)
-            or (marker.is_file() and marker.read_text() == str(self._iter))
         ):
             return
         self.runner.val_loop.run()
-        if is_main_process():
-            marker.write_text(str(self._iter))
+        with contextlib.suppress(OSError):  # a full disk: it would come again
+            if is_main_process():
+                self._marker.write_text(str(self._iter))
+
+    def validate_if_cut_off(self, done: int, end: int) -> None:
+        """Validates first, where a resumed run was left before or in a validation.
+
+        Args:
+            done, end: Of :meth:`validate_if_due`.
+        """
+        made = [self._marker.read_text() if self._marker.is_file() else '']
+        broadcast_object_list(made)  # folders may differ
+        if made[0] != str(self._iter):
+            self._decide_current_val_interval()
+            self.validate_if_due(done, end)
+
+    @property
+    def _marker(self) -> Path:
+        return Path(self.runner.work_dir, VALIDATED)
 
 
 @LOOPS.register_module()
@@ -61,7 +82,7 @@ class EpochBasedTrainLoop(_ResumableLoop, MMEngineEpochBasedTrainLoop):
         """Trains."""
         self.runner.call_hook('before_train')
         if not self.position.taken:
-            self.validate_if_due(self._epoch, self._max_epochs)
+            self.validate_if_cut_off(self._epoch, self._max_epochs)
         while self._epoch < self._max_epochs and not self.stop_training:
             self.run_epoch()
             self._decide_current_val_interval()
@@ -92,7 +113,7 @@ class IterBasedTrainLoop(_ResumableLoop, MMEngineIterBasedTrainLoop):
         self.runner.call_hook('before_train')
         # In iteration-based training everything is one epoch.
         self.runner.call_hook('before_train_epoch')
-        self.validate_if_due(self._iter, self._max_iters)
+        self.validate_if_cut_off(self._iter, self._max_iters)
         data_batches = self._data_batches()
         while self._iter < self._max_iters and not self.stop_training:
             self.runner.model.train()

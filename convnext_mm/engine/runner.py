@@ -36,13 +36,13 @@ from convnext_mm.datasets.coco_file import reading_once
 from convnext_mm.datasets.data_check import check_dataset, explain_failure, leaf_configs
 
 from . import supervision
+from .agreement import ServesLastSteps
 from .errors import ConfigError
 from .hooks import CheckpointHook, GradientCheckHook, NonFiniteHook, StallHook
 from .loops import EpochBasedTrainLoop, IterBasedTrainLoop
 from .settings import changes, check_changes, flatten
 from .sharding import ShardableRunner
 from .work_folder import (
-    VALIDATED,
     check_newest,
     check_unused,
     checkpoints,
@@ -120,8 +120,6 @@ class Runner(ShardableRunner):
                 raise ConfigError(problem)
             if goes_on:
                 self._resume, self._load_from = True, None
-            if is_main_process() and not self._resume:
-                Path(self.work_dir, VALIDATED).unlink(missing_ok=True)
             supervision.mark_started()
             for hook in self.hooks:
                 if isinstance(hook, CheckpointHook):
@@ -203,6 +201,7 @@ class Runner(ShardableRunner):
                     for dataset in leaf_configs(dataloader['dataset']):
                         explain_failure(dataset)
                 raise
+            loader.worker_init_fn = ServesLastSteps(loader.worker_init_fn)
             check_dataset(
                 loader.dataset,
                 self.model,
@@ -278,7 +277,7 @@ class Runner(ShardableRunner):
                 'may differ: --cfg-options allow_state_keys="[\'auxiliary_head\']"'
             ) from error
 
-    @property
+    @functools.cached_property
     def checkpoint_folder(self) -> str:
         """Where this run's checkpoints lie."""
         out_dir = next(
@@ -356,25 +355,24 @@ class Runner(ShardableRunner):
                 else:
                     del state_dict[name]
 
-    def roll_back(self) -> bool:
-        """Takes the state of the newest checkpoint and goes on with the data that
-        comes next; whether there is one."""
+    def roll_back(self) -> None:
+        """Before a step: takes the state of the newest checkpoint, if there is one,
+        and goes on with the data that comes next."""
         self.writer.wait()
         source = newest_valid(self.checkpoint_folder)
         if source is None:
-            return False
+            return
         loop: Any = self.train_loop
         position = loop.position.state_dict()
         self.skipped_in_a_row = 0
+        self._resume = True  # which the hook of averaged weights asks
         super().resume(str(source))
         self.optim_wrapper.initialize_count_status(
             self.model, loop.iter, loop.max_iters
         )
-        loop._iter -= 1  # the step that is under way counts it again
         self.logger.warning(
             f'Back to {source}, on with batch {position["taken"]} of the data.'
         )
-        return True
 
     def _go_to_position(self, loop: Any, fresh: list[dict[str, Any]]) -> None:
         """Where the checkpoint that is resumed was in its data.
@@ -422,7 +420,7 @@ class Runner(ShardableRunner):
             fresh: States of the schedulers before those of a checkpoint.
         """
         schedulers: Any = self.param_schedulers
-        for scheduler, state in zip(schedulers, fresh):
+        for scheduler, state in zip(schedulers or (), fresh):
             if not scheduler.by_epoch and scheduler.end != state['end'] > 0:
                 share = state['end'] / scheduler.end
                 values = ('base_values', '_last_value')
@@ -533,7 +531,7 @@ class Runner(ShardableRunner):
         number = re.escape(hook.filename_tmpl).replace(r'\{\}', r'(\d+)')
         found = [
             path
-            for path in Path(self.work_dir).glob('best_*')
+            for path in Path(self.checkpoint_folder).glob('best_*')
             if (match := re.fullmatch(f'best_{name}_{number}', path.name))
             and int(match[1]) <= last
         ]

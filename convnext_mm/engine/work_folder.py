@@ -138,6 +138,8 @@ def clear(folder: str | os.PathLike, keep: Path | None = None) -> None:
     old = [p for p in checkpoints(folder) if not done or (progress(p) or done) > done]
     if not done:
         old += folder.glob('best_*.pth')
+    if keep:
+        old = [path for path in old if path.resolve() != keep.resolve()]
     for path in [*old, folder / POINTER, folder / VALIDATED]:
         path.unlink(missing_ok=True)
     if old:

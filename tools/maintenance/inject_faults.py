@@ -338,6 +338,18 @@ for way in WAYS:
         )
 
 
+@fault('sigterm-group', 'SIGTERM to all processes of a job, data workers too')
+def sigterm_group(place: Place, folder: Path, outcome: Outcome) -> None:
+    run = Run(place, folder, 1, WORKERS).start()
+    run.wait_for(13)
+    os.killpg(run.process.pid, signal.SIGTERM)
+    outcome.status = run.wait()
+    outcome.saw = run.last_line()
+    check(outcome, outcome.status == 75, 'not the status to requeue')
+    finish(run, outcome)
+    check(outcome, outcome.steps_lost == 0, 'steps were lost')
+
+
 def kill_and_resume(way: str, step: int) -> Callable[[Place, Path, Outcome], None]:
     processes, options = WAYS[way]
 
@@ -502,7 +514,7 @@ def all_spoiled(place: Place, folder: Path, outcome: Outcome) -> None:
 @fault('moved', 'work folder moved')
 def moved(place: Place, folder: Path, outcome: Outcome) -> None:
     with half_a_run(place, folder) as run:
-        target = folder.with_name('moved')
+        target = folder.with_name('moved-there')
         shutil.move(folder, target)
         other = Run(place, target)
         finish(other, outcome)
@@ -528,13 +540,13 @@ def overwritten(place: Place, folder: Path, outcome: Outcome) -> None:
 
 @fault('two-runs', 'a second run in the work folder of a living one')
 def two_runs(place: Place, folder: Path, outcome: Outcome) -> None:
-    run = Run(place, folder).start()
+    run = Run(place, folder, 1, {'train_cfg.max_iters': 10**4}).start()
     run.wait_for(3)
     other = Run(place, folder)
     other.log = folder.with_suffix('.other.log')
     refused(outcome, other, 'under way', str(run.process.pid))
-    run.wait()
-    finish(run, outcome, resume=False)
+    os.kill(run.process.pid, signal.SIGTERM)
+    check(outcome, run.wait() == 75, 'the first run was disturbed')
 
 
 @fault('older-resumed', '--resume of an older checkpoint beside newer ones')

@@ -1,5 +1,6 @@
 """Saving that no fault of a disk or a machine turns into a loss."""
 
+import contextlib
 import os
 import signal
 import time
@@ -9,12 +10,15 @@ from typing import Any
 
 from mmengine.dist import is_main_process
 from mmengine.hooks import CheckpointHook as MMEngineCheckpointHook
+from mmengine.hooks import EMAHook
 
 from convnext_mm.checkpoint.errors import CheckpointWriteError
 from convnext_mm.checkpoint.write import write_text
 from convnext_mm.engine.agreement import Agreement, Interrupted, StopSignals
 from convnext_mm.engine.work_folder import AUTOSAVE, POINTER, checkpoints, progress
 from convnext_mm.registry import HOOKS
+
+from .non_finite_hook import has_stepped
 
 RETRY_SECONDS = 60
 
@@ -24,6 +28,7 @@ class _RemovesLater:
 
     def __init__(self, backend: Any) -> None:
         self._backend = backend
+        self._wrote_at = -2  # iteration
         self._doomed: list[tuple[Callable[[str], None], str]] = []
 
     def __getattr__(self, name: str) -> Any:
@@ -82,6 +87,7 @@ class CheckpointHook(MMEngineCheckpointHook):
         self.file_backend: Any = None
         self._due: tuple[int, dict[str, int]] | None = None  # step, meta
         self._attempt: tuple[str, dict[str, int]] | None = None  # file name, meta
+        self._wrote_at = -2  # iteration
         self._doomed: list[tuple[Callable[[str], None], str]] = []
         self._failing_since: float | None = None
         self._saved_at = self._tried_at = time.monotonic()
@@ -111,9 +117,11 @@ class CheckpointHook(MMEngineCheckpointHook):
         )
         self._stopping = self._stopping or stop
         self._try(runner, runner.writer.check)
-        if not runner.optim_wrapper.should_update():
+        if not has_stepped(runner.optim_wrapper):
             return  # gradients are pending, which no checkpoint has
         done = runner.iter + 1
+        # What was agreed is what was due a step ago.
+        autosave = autosave and runner.iter > self._wrote_at + 1
         if self._due and (is_last or self._stopping or not runner.skipped_in_a_row):
             step, meta = self._due
             self._save_checkpoint_with_step(
@@ -148,7 +156,9 @@ class CheckpointHook(MMEngineCheckpointHook):
             return
         if is_main_process() and not runner.saves_together:
             self._stopping = self._signals.received
-            if runner.optim_wrapper.should_update():
+            averaged = any(isinstance(hook, EMAHook) for hook in runner.hooks)
+            # Averages stand where the weights are, until the validation is over.
+            if has_stepped(runner.optim_wrapper) and not averaged:
                 self._autosave(runner, runner.epoch, runner.iter)
             self._stop(runner, runner.iter, alone=True)
 
@@ -183,7 +193,7 @@ class CheckpointHook(MMEngineCheckpointHook):
         self, runner: Any, step: int, meta: dict[str, int]
     ) -> None:
         """MMEngine's, which deletes first and waits for the disk."""
-        if not runner.optim_wrapper.should_update():  # after a validation
+        if not has_stepped(runner.optim_wrapper):  # after a validation
             self._due = step, meta
             return
         self._due = None
@@ -210,7 +220,10 @@ class CheckpointHook(MMEngineCheckpointHook):
         )
 
     def _autosave(self, runner: Any, epoch: int, done: int) -> None:
-        if not self.by_epoch or not runner.train_loop.position.taken:
+        position = getattr(runner.train_loop, 'position', None)
+        if self.by_epoch and position is None:
+            return  # another loop would begin its epoch anew
+        if not self.by_epoch or position is None or not position.taken:
             same = self.filename_tmpl.format(epoch if self.by_epoch else done)
             if Path(self.out_dir, same).is_file():
                 return
@@ -220,20 +233,23 @@ class CheckpointHook(MMEngineCheckpointHook):
     def _write(self, runner: Any, name: str, meta: dict[str, int]) -> None:
         """Has a checkpoint written, and what it replaces removed afterwards."""
         self._attempt = name, meta
-        self._tried_at = time.monotonic()
+        # On all processes, of which one writes.
+        self._tried_at = self._saved_at = time.monotonic()
+        self._wrote_at = runner.iter
         if not runner.skipped_in_a_row:
             self._doomed += self.file_backend.take()
         doomed = list(self._doomed)  # those of saves that failed as well
 
         def then() -> None:
             self._failing_since = None
-            self._saved_at = time.monotonic()
-            self._point_to(runner, name)
-            for remove, path in doomed:
-                remove(path)
-                self._doomed.remove((remove, path))
-            if not runner.skipped_in_a_row:
-                self._remove_autosaves(name)
+            try:
+                self._point_to(runner, name)
+                for entry in doomed:
+                    self._remove(entry)
+                if not runner.skipped_in_a_row:
+                    self._remove_autosaves(name)
+            except OSError as error:
+                raise CheckpointWriteError(f'{self.out_dir}: {error}') from error
 
         self._try(
             runner,
@@ -250,6 +266,16 @@ class CheckpointHook(MMEngineCheckpointHook):
                 **self.args,
             ),
         )
+
+    def _remove(self, entry: tuple[Callable[[str], None], str]) -> None:
+        """Removes a file that is neither gone nor wanted again."""
+        remove, path = entry
+        if entry in self._doomed:
+            self._doomed.remove(entry)
+        best = getattr(self, 'best_ckpt_path_dict', {}).values()
+        if path not in (getattr(self, 'best_ckpt_path', None), *best):
+            with contextlib.suppress(FileNotFoundError):
+                remove(path)
 
     def _point_to(self, runner: Any, name: str) -> None:
         """A pointer that survives when the folder moves."""
@@ -274,6 +300,12 @@ class CheckpointHook(MMEngineCheckpointHook):
             action()
         except CheckpointWriteError as error:
             now = self._tried_at = time.monotonic()
+            # A best checkpoint stays until a better one is there.
+            self._doomed = [
+                entry
+                for entry in self._doomed
+                if not os.path.basename(entry[1]).startswith('best_')
+            ]
             self._failing_since = self._failing_since or now
             left = self.give_up_seconds - (now - self._failing_since)
             kept = checkpoints(self.out_dir)

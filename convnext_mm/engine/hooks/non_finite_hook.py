@@ -53,6 +53,7 @@ class NonFiniteHook(Hook):
             )
         self.limit = limit
         self.rollbacks = rollbacks
+        self._goes_back = False
         self._norm = 0.0  # of the last step's gradients; NaN or infinite: skipped
         self._seen: list[tuple[Any, Any]] = []  # batches and losses since a step
         self._buffers: list[Tensor] = []
@@ -78,10 +79,14 @@ class NonFiniteHook(Hook):
     def before_train_iter(
         self, runner: Any, batch_idx: int, data_batch: Any = None
     ) -> None:
-        """Keeps what a forward pass changes."""
+        """Goes back, where that is due, and keeps what a forward pass changes."""
+        if self._goes_back:
+            self._goes_back = False
+            runner.roll_back()
         self._norm = 0.0
         self._scale = _scale(runner.optim_wrapper)
-        _copy(self._kept, self._buffers)
+        if not self._seen:  # of the first of the batches that make a step
+            _copy(self._kept, self._buffers)
 
     def after_train_iter(
         self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None
@@ -92,7 +97,7 @@ class NonFiniteHook(Hook):
             TrainingError: There were too many in a row.
         """
         self._seen.append((data_batch, outputs))
-        if not _has_stepped(runner.optim_wrapper):
+        if not has_stepped(runner.optim_wrapper):
             return
         seen, self._seen = self._seen, []
         shrunk = _scale(runner.optim_wrapper) < self._scale
@@ -166,8 +171,9 @@ class NonFiniteHook(Hook):
             write_checkpoint(evidence, path)
         except CheckpointWriteError as error:
             runner.logger.warning(str(error))
-        if self.rollbacks and runner.roll_back():
+        if self.rollbacks and checkpoints(runner.checkpoint_folder):
             self.rollbacks -= 1
+            self._goes_back = True  # when this step's schedules are over
             return
         raise TrainingError(
             f'{self.limit} steps in a row were not finite, the last is step {step} '
@@ -205,7 +211,8 @@ def _wrappers(wrapper: Any) -> Iterator[Any]:
         yield wrapper
 
 
-def _has_stepped(wrapper: Any) -> bool:
+def has_stepped(wrapper: Any) -> bool:
+    """Whether the last step used its gradients, and none are pending."""
     return all(w.should_update() for w in _wrappers(wrapper))
 
 

@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ class StallHook(Hook):
     def before_train(self, runner: Any) -> None:
         """Starts to watch."""
         self.rank, self.world_size = get_dist_info()
-        if self.world_size == 1:
+        if self.world_size == 1 or 'MASTER_ADDR' not in os.environ:
             return
         self._work_dir = Path(runner.work_dir)
         if self.stalled_seconds is None:
@@ -189,18 +190,26 @@ class StallHook(Hook):
     def _end(self, verdict: str) -> None:
         """Leaves the stacks and the verdict behind, and ends this process."""
         folder = self._work_dir / 'stacks'
-        folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / f'rank_{self.rank}.txt', 'w') as file:
-            file.write(f'{verdict}\nprocess {self.rank} {self._doing}\n\n')
-            faulthandler.dump_traceback(file)
-        telling = threading.Thread(target=self._tell, args=(verdict,), daemon=True)
-        telling.start()
-        telling.join(BEAT_SECONDS)
+        # Neither a store nor a disk that does not answer may keep it.
+        for action in (
+            partial(self._tell, verdict),
+            partial(self._write_stacks, folder, verdict),
+        ):
+            thread = threading.Thread(target=action, daemon=True)
+            thread.start()
+            thread.join(BEAT_SECONDS)
         supervision.report(f'{verdict}; stacks are in {folder}', mendable=True)
         if self.rank == 0:
             print(f'error: {verdict}', flush=True)
             time.sleep(2 * BEAT_SECONDS)  # it may hold what the others ask
         os._exit(supervision.STALLED)
+
+    def _write_stacks(self, folder: Path, verdict: str) -> None:
+        with contextlib.suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+            with open(folder / f'rank_{self.rank}.txt', 'w') as file:
+                file.write(f'{verdict}\nprocess {self.rank} {self._doing}\n\n')
+                faulthandler.dump_traceback(file)
 
     def _tell(self, verdict: str) -> None:
         with contextlib.suppress(torch.distributed.DistError, RuntimeError):
