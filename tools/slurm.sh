@@ -40,8 +40,10 @@ resources=(
 )
 if [ "$task" = train ]; then
     command=("$PYTHON" -u "$tools/train.py" "$config" --work-dir "$fourth")
+    marker=$fourth/interrupted
 else
     command=("$PYTHON" -u "$tools/test.py" "$config" "$fourth")
+    marker=/nonexistent  # a test begins anew
 fi
 command+=(--launcher slurm "$@")
 export PYTHONPATH="$tools/..:${PYTHONPATH:-}"
@@ -56,7 +58,8 @@ sbatch "${resources[@]}" --requeue --open-mode=append --signal=USR1@120 \
 #!/usr/bin/env bash
 srun --kill-on-bad-exit=1$(printf ' %q' "${command[@]}")
 status=\$?
-if [ \$status -eq 75 ]; then
+# Of several processes Slurm tells the highest status, not that of the one that saved.
+if [ \$status -eq 75 ] || [ -e $(printf '%q' "$marker") ]; then
     scontrol requeue "\$SLURM_JOB_ID"
 fi
 exit \$status

@@ -12,6 +12,7 @@ from torch import nn
 
 from convnext_mm.registry import LOOPS
 
+from .errors import ConfigError
 from .positions import Position, seed_step
 from .work_folder import VALIDATED
 
@@ -131,4 +132,10 @@ class IterBasedTrainLoop(_ResumableLoop, MMEngineIterBasedTrainLoop):
         self.position.start_round(self.position.round, self.position.taken)
         while True:
             yield from self.dataloader
+            if not self.position.taken:
+                raise ConfigError(
+                    'train_dataloader gives no batch: with drop_last=True it needs '
+                    f'at least {self.position.batch_size} images for each process; '
+                    'set batch_size lower, or drop_last=False'
+                )
             self.position.start_round(self.position.round + 1)

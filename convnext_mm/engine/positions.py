@@ -128,7 +128,7 @@ class Position:
         self.loader = loader
         self.batches: PositionedBatches | None = None
         self.taken = 0  # batches of this round
-        if hasattr(loader.batch_sampler, 'batch_size'):
+        if isinstance(getattr(loader.batch_sampler, 'batch_size', None), int):
             self.batches = PositionedBatches(loader.batch_sampler)
             # A loader lets nobody replace it, for it sizes its parts by it.
             vars(loader)['batch_sampler'] = self.batches
@@ -137,16 +137,16 @@ class Position:
 
     @property
     def batch_size(self) -> int:
-        return self.batches.batch_size if self.batches else 0
+        return self.batches.batch_size if self.batches is not None else 0
 
     @property
     def round(self) -> int:
-        return self.batches.round if self.batches else 0
+        return self.batches.round if self.batches is not None else 0
 
     def start_round(self, number: int, taken: int = 0) -> None:
         """Goes to a round of the sampler, behind some batches of it."""
         self.taken = taken
-        if self.batches:
+        if self.batches is not None:
             self.batches.round, self.batches.start = number, taken
             samplers: tuple[Any, Any] = self.loader.sampler, self.batches.sampler
             for sampler in samplers:
@@ -173,7 +173,7 @@ class Position:
                 samples of a part of one come again.
             seed: Of the run that is resumed.
         """
-        if not self.batches:
+        if self.batches is None:
             return 0
         self.loading.seed = seed
         if state.get('sampler_seed') is not None and hasattr(self._sampler(), 'seed'):
@@ -185,4 +185,4 @@ class Position:
         return samples
 
     def _sampler(self) -> Any:
-        return self.batches.sampler if self.batches else None
+        return self.batches.sampler if self.batches is not None else None

@@ -21,6 +21,7 @@ from .errors import ConfigError
 
 LOCK = '.lock'
 POINTER = 'last_checkpoint'  # names the newest checkpoint, for MMEngine
+INTERRUPTED = 'interrupted'  # a signal ended the last run
 VALIDATED = 'last_validation'  # after which iteration
 AUTOSAVE = 'autosave_'
 # How MMEngine's CheckpointHook names files, and how ours names those between.
@@ -192,6 +193,7 @@ def locked(folder: str | os.PathLike) -> Iterator[None]:
             f'since {time.strftime("%Y-%m-%d %H:%M:%S")}\n'
         )
         file.flush()
+        Path(folder, INTERRUPTED).unlink(missing_ok=True)
         for partial in path.parent.glob(f'.*{PARTIAL}'):  # of a run that was killed
             partial.unlink(missing_ok=True)
         yield

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from convnext_mm.engine.agreement import REQUEUE, Interrupted
+from convnext_mm.engine.errors import ConfigError
 from convnext_mm.engine.work_folder import VALIDATED
 from toy_runs import Fault, Killed, kill, make, same, terminate, weights
 
@@ -14,7 +15,7 @@ CASES = {
     'epochs': dict(by_epoch=True),
     'workers': dict(workers=2),
     'epochs-workers': dict(by_epoch=True, workers=2),
-    'finite': dict(loader=dict(drop_last=True)),
+    'finite': dict(finite=True),
     'average': dict(hooks=[dict(type='EMAHook', momentum=0.1)]),
     'accumulation': dict(optim_wrapper=dict(accumulative_counts=3)),
     'epochs-accumulation': dict(
@@ -86,3 +87,9 @@ def test_validation_is_made_once(
     monkeypatch.setattr(runner, 'build_val_loop', lambda loop: loop)
     runner.train()
     assert made == expected
+
+
+def test_data_without_a_batch_is_refused(tmp_path):
+    runner = make(tmp_path, batch_size=100, finite=True, loader=dict(drop_last=True))
+    with pytest.raises(ConfigError, match='gives no batch.*100 images'):
+        runner.train()

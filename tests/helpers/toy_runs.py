@@ -88,7 +88,7 @@ def forget_runs():
     MADE.clear()
 
 
-def make(folder, fault=None, by_epoch=False, workers=0, **settings):
+def make(folder, fault=None, by_epoch=False, workers=0, finite=False, **settings):
     init_default_scope('mmengine')
     torch.manual_seed(0)
     loops = (
@@ -120,7 +120,9 @@ def make(folder, fault=None, by_epoch=False, workers=0, **settings):
             persistent_workers=workers > 0,
             dataset=Augmented(),
             collate_fn=dict(type='default_collate'),
-            sampler=dict(type='DefaultSampler' if by_epoch else 'InfiniteSampler'),
+            sampler=dict(
+                type='DefaultSampler' if by_epoch or finite else 'InfiniteSampler'
+            ),
             **settings.pop('loader', {}),
         ),
         optim_wrapper={'optimizer': dict(type='AdamW', lr=0.01), **optim},

@@ -68,6 +68,19 @@ def test_job_is_requeued(task, fourth, command, slurm):
         assert ('scontrol requeue 7' in lines) is (status == '75')
 
 
+def test_the_process_that_saved_is_believed(slurm, tmp_path):
+    """Slurm tells the highest status of all, as of one that it killed."""
+    slurm(
+        ROOT / 'tools/slurm_train.sh', 'gpu', 'name', 'c.py', tmp_path / 'w', GPUS='2'
+    )
+    for interrupted in (False, True):
+        if interrupted:
+            (tmp_path / 'w').mkdir()
+            (tmp_path / 'w' / 'interrupted').touch()
+        _, lines = slurm(slurm.job, STATUS='143', SLURM_JOB_ID='7')
+        assert ('scontrol requeue 7' in lines) is interrupted
+
+
 def test_foreground(slurm):
     script = ROOT / 'tools/slurm_train.sh'
     done, (line,) = slurm(

@@ -15,7 +15,13 @@ from mmengine.hooks import EMAHook
 from convnext_mm.checkpoint.errors import CheckpointWriteError
 from convnext_mm.checkpoint.write import write_text
 from convnext_mm.engine.agreement import Agreement, Interrupted, StopSignals
-from convnext_mm.engine.work_folder import AUTOSAVE, POINTER, checkpoints, progress
+from convnext_mm.engine.work_folder import (
+    AUTOSAVE,
+    INTERRUPTED,
+    POINTER,
+    checkpoints,
+    progress,
+)
 from convnext_mm.registry import HOOKS
 
 from .non_finite_hook import has_stepped
@@ -323,6 +329,9 @@ class CheckpointHook(MMEngineCheckpointHook):
     def _stop(self, runner: Any, done: int, alone: bool = False) -> None:
         """Ends this process when the state is on the disk."""
         self._try(runner, runner.writer.wait)
+        if is_main_process():
+            with contextlib.suppress(OSError):
+                Path(runner.work_dir, INTERRUPTED).touch()
         if not alone:
             self._agreement.wait_for_all()
         self.restore_signals()
