@@ -135,7 +135,10 @@ class Runner(ShardableRunner):
         folder, source = self.checkpoint_folder, self._load_from
         if not any(isinstance(hook, CheckpointHook) for hook in self.hooks):
             return False
-        if supervision.is_restart() and checkpoints(folder):
+        # Files of other names or places are known by the pointer alone.
+        if supervision.is_restart() and (
+            checkpoints(folder) or pointed_at(self.work_dir)
+        ):
             return True
         if self._resume and source is None:
             return False

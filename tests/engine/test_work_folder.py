@@ -272,3 +272,15 @@ def test_launcher_starts_nothing_again_after_a_mistake():
     last = done.stderr.splitlines()[-1]
     assert last.startswith('error: process') and "'no.py' does not exist" in last
     assert 'restart' not in done.stderr and 'Traceback' not in done.stderr
+
+
+def test_restart_goes_on_from_files_of_other_names(tmp_path, monkeypatch):
+    name = dict(filename_tmpl='step-{}.pth')
+    stopped = make(tmp_path, Fault(6, kill), checkpoint=name)
+    with pytest.raises(Killed):
+        stopped.train()
+    stopped.writer.wait()
+    monkeypatch.setenv('TORCHELASTIC_RESTART_COUNT', '1')
+    fault = Fault()
+    make(tmp_path, fault, checkpoint=name).train()
+    assert fault.first == 4
