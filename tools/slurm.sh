@@ -56,6 +56,7 @@ fi
 sbatch "${resources[@]}" --requeue --open-mode=append --signal=USR1@120 \
     --output="%x-%j.log" ${SRUN_ARGS:-} <<JOB
 #!/usr/bin/env bash
+rm -f $(printf '%q' "$marker")
 srun --kill-on-bad-exit=1$(printf ' %q' "${command[@]}")
 status=\$?
 # Of several processes Slurm tells the highest status, not that of the one that saved.

@@ -169,6 +169,9 @@ def short_errors() -> Iterator[None]:
         raise SystemExit(f'error: {error}') from None
     except Interrupted as stop:
         print(stop.message, file=sys.stderr)
+        if stop.alone:
+            sys.stderr.flush()
+            os._exit(stop.code)
         raise
     except Exception as error:
         sentence = explain_runtime_failure(error) or (

@@ -1,5 +1,6 @@
 """Training that goes on without a few images that cannot be read."""
 
+import contextlib
 import itertools
 import logging
 from collections.abc import Iterator, Sequence
@@ -75,7 +76,7 @@ class SkipUnreadable:
             level=logging.WARNING,
         )
         if self.listing is not None:
-            with open(self.listing, 'a') as file:
+            with contextlib.suppress(OSError), open(self.listing, 'a') as file:
                 file.write(f'{error.fault}\n')
 
     def _others(self, index: int) -> Iterator[int]:

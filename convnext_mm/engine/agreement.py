@@ -12,6 +12,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from .network import choose_interface
+
 # What schedulers send before they take a machine, and a user's Ctrl-C.
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: the same again would go on
@@ -33,6 +35,7 @@ class Agreement:
         self._nothing = [0] * size
         self._distributed = dist.is_initialized() and dist.get_world_size() > 1
         if self._distributed:
+            choose_interface()
             self._group = dist.new_group(backend='gloo')
 
     def exchange(self, own: list[int]) -> list[int]:
@@ -136,8 +139,12 @@ class Interrupted(SystemExit):
 
     Args:
         message: What was saved and how to go on.
+        alone: The other processes may wait for this one in a collective, so that
+            only the launcher can end them; to part with them in order would hang.
     """
 
-    def __init__(self, message: str) -> None:
+    code: int
+
+    def __init__(self, message: str, alone: bool = False) -> None:
         super().__init__(REQUEUE)
-        self.message = message
+        self.message, self.alone = message, alone

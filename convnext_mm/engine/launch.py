@@ -18,6 +18,7 @@ from mmengine.runner import Runner as MMEngineRunner
 
 from .agreement import Interrupted
 from .errors import ConfigError
+from .network import choose_interface
 from .runner import Runner
 from .sharding import is_sharded
 from .work_folder import check_writable
@@ -121,11 +122,13 @@ def process_group(cfg: Config) -> Iterator[None]:
         os.environ.setdefault('LOCAL_RANK', '0')
         if get_device() == 'cpu':
             # MMEngine's start of a process group selects a CUDA device.
+            choose_interface()
             torch.distributed.init_process_group('gloo', timeout=timeout(cfg))
     try:
         yield
-    except Interrupted:  # all processes together
-        _end_process_group(cfg)
+    except Interrupted as stop:
+        if not stop.alone:
+            _end_process_group(cfg)
         raise
     # Not after an error: the other processes may wait in a collective.
     _end_process_group(cfg)

@@ -10,27 +10,28 @@ import logging
 import os
 import shutil
 import signal
-import socket
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from types import FrameType
-from typing import Any
+from types import FrameType, SimpleNamespace
 
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
+from torch.distributed.elastic.multiprocessing import api as torch_processes
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous import RendezvousConnectionError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from .agreement import REQUEUE, SIGNALS
 from .errors import ConfigError
-from .supervision import ATTEMPT, FOLDER, STALLED, read_reports
+from .network import check_port, free_port, own_address
+from .supervision import FOLDER, STALLED, read_reports
 
 JOIN_SECONDS = 1800  # for machines to find each other, again after one was lost
+REJOIN_SECONDS = 300  # for machine 0, which was there, to answer again
 START_SECONDS = 60  # in which a process tells its id
 LOG = 'launcher.log'
 
@@ -152,7 +153,7 @@ class Launcher:
         """Starts the processes and waits; gives what went wrong."""
         for old in [*self.folder.glob('*.json'), *self.folder.glob('*.pid')]:
             old.unlink()
-        os.environ.update({FOLDER: str(self.folder), ATTEMPT: str(number)})
+        os.environ[FOLDER] = str(self.folder)
         self._failure = None
         # In the main thread the agent would take signals for itself, and end the
         # processes before they can save.
@@ -168,7 +169,7 @@ class Launcher:
         return self._failure
 
     def _agent(self, number: int) -> None:
-        deadline = time.monotonic() + JOIN_SECONDS
+        deadline = time.monotonic() + (REJOIN_SECONDS if number else JOIN_SECONDS)
         while True:
             try:
                 elastic_launch(self._config(number), sys.executable)(
@@ -277,51 +278,6 @@ class Launcher:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def own_address(towards: str) -> str | None:
-    """The address of this machine in the network of another one; its name, which
-    PyTorch would take, need not resolve. None where nothing leads there."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect((towards, 9))  # sends nothing
-        except OSError:
-            return None
-        address: str = probe.getsockname()[0]
-        return address
-
-
-def free_port(wanted: int) -> int:
-    """A port of this machine: the one that is wanted, where it is free.
-
-    Args:
-        wanted: 0: any.
-    """
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(('', wanted))
-        except OSError:
-            _say(f'Port {wanted} is in use: another one is taken.')
-            probe.bind(('', 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
-def check_port(port: int) -> None:
-    """
-    Raises:
-        ConfigError: It is in use, and the other machines know no other one.
-    """
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(('', port))
-        except OSError as error:
-            raise ConfigError(
-                f'PORT={port} cannot be used ({error.strerror}): give another one, the '
-                'same on every machine'
-            ) from error
-
-
 def _say(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
@@ -335,11 +291,18 @@ def main(arguments: Sequence[str]) -> int:
     os.environ.setdefault('OMP_NUM_THREADS', '1')
     # Each attempt has keys of its own.
     os.environ['TORCH_DISABLE_SHARE_RDZV_TCP_STORE'] = '1'
+    # Where it starts processes, PyTorch 2.4 registers handlers, which Python refuses
+    # in a thread; those of the launcher are to stay anyway.
+    torch_processes.signal = SimpleNamespace(  # type: ignore[assignment, attr-defined]
+        **{**vars(signal), 'signal': lambda number, handler: None}
+    )
     try:
         settings = Settings.from_environment(os.environ)
         if settings.is_single:
-            changes: dict[str, Any] = dict(port=free_port(settings.port))
-            settings = Settings(**{**vars(settings), **changes})
+            port = free_port(settings.port)
+            if settings.port not in (0, port):
+                _say(f'Port {settings.port} is in use: {port} is taken.')
+            settings = replace(settings, port=port)
         elif settings.node_rank == 0:
             check_port(settings.port)
     except ConfigError as error:

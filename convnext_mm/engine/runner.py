@@ -2,7 +2,9 @@
 data is checked as it is built."""
 
 import functools
+import importlib
 import os
+import pickle
 import re
 import time
 from collections.abc import Callable
@@ -14,7 +16,12 @@ import mmengine
 import torch
 import torch.distributed
 from mmengine.dataset import InfiniteSampler
-from mmengine.dist import broadcast_object_list, get_world_size, is_main_process
+from mmengine.dist import (
+    all_gather_object,
+    broadcast_object_list,
+    get_world_size,
+    is_main_process,
+)
 from mmengine.fileio import join_path
 from mmengine.hooks import CheckpointHook as MMEngineCheckpointHook
 from mmengine.hooks import Hook
@@ -30,7 +37,7 @@ from convnext_mm.checkpoint import (
     CheckpointFileError,
     CheckpointMismatchError,
 )
-from convnext_mm.checkpoint.errors import shown
+from convnext_mm.checkpoint.errors import CheckpointWriteError, shown
 from convnext_mm.checkpoint.write import BackgroundWriter
 from convnext_mm.datasets.coco_file import reading_once
 from convnext_mm.datasets.data_check import check_dataset, explain_failure, leaf_configs
@@ -40,6 +47,7 @@ from .agreement import ServesLastSteps
 from .errors import ConfigError
 from .hooks import CheckpointHook, GradientCheckHook, NonFiniteHook, StallHook
 from .loops import EpochBasedTrainLoop, IterBasedTrainLoop
+from .outputs import tolerate_refusals
 from .settings import changes, check_changes, flatten
 from .sharding import ShardableRunner
 from .work_folder import (
@@ -80,6 +88,17 @@ class _LooksAtState(Hook):
         runner.fill_allowed(checkpoint.get('state_dict', checkpoint))
 
 
+def load_formatter() -> None:
+    """Imports what formats configs. Of several processes that do so for the first
+    time on a machine, one may find its cache empty, while another writes it."""
+    for _ in range(10):
+        try:
+            importlib.import_module('yapf.yapflib.yapf_api')
+            return
+        except (EOFError, pickle.UnpicklingError):
+            time.sleep(0.2)
+
+
 class Runner(ShardableRunner):
     """MMEngine's runner; bad data and a checkpoint that does not fit stop it
     with a sentence, and what it saves resumes as if nothing had happened:
@@ -95,6 +114,7 @@ class Runner(ShardableRunner):
         self.skipped_in_a_row = 0  # steps, up to now
         self._is_strict = False
         self._loaded_meta: dict[str, Any] = {}
+        load_formatter()
         super().__init__(*args, **kwargs)
         supervision.note_work_dir(self.work_dir)
         self.register_hook(_LooksAtState())
@@ -108,10 +128,12 @@ class Runner(ShardableRunner):
         """
         with ExitStack() as stack:
             decided: list[Any] = [None, None]  # the problem, whether to go on
+            # A machine that joined only now does not know of the start before.
+            is_restart = any(all_gather_object(supervision.is_restart(self.work_dir)))
             if is_main_process():
                 try:
                     stack.enter_context(locked(self.work_dir))
-                    decided[1] = self._start_in_folder()
+                    decided[1] = self._start_in_folder(is_restart)
                 except ConfigError as error:
                     decided[0] = str(error)
             broadcast_object_list(decided)  # all do the same
@@ -120,14 +142,26 @@ class Runner(ShardableRunner):
                 raise ConfigError(problem)
             if goes_on:
                 self._resume, self._load_from = True, None
-            supervision.mark_started()
+            supervision.mark_started(self.work_dir)
+            stack.callback(self._finish_writing)
+            tolerate_refusals(self.visualizer, self.logger)
             for hook in self.hooks:
                 if isinstance(hook, CheckpointHook):
                     stack.callback(hook.restore_signals)
             return super().train()
 
-    def _start_in_folder(self) -> bool:
-        """Whether this run was started before and goes on from what it saved.
+    def _finish_writing(self) -> None:
+        """However the run ended, before another one may have the folder."""
+        try:
+            self.writer.wait()
+        except CheckpointWriteError as error:
+            self.logger.error(str(error))
+
+    def _start_in_folder(self, is_restart: bool) -> bool:
+        """Whether this run goes on from what it saved before.
+
+        Args:
+            is_restart: It was started in this folder before.
 
         Raises:
             ConfigError: It holds checkpoints that this run would mix with.
@@ -136,9 +170,7 @@ class Runner(ShardableRunner):
         if not any(isinstance(hook, CheckpointHook) for hook in self.hooks):
             return False
         # Files of other names or places are known by the pointer alone.
-        if supervision.is_restart() and (
-            checkpoints(folder) or pointed_at(self.work_dir)
-        ):
+        if is_restart and (checkpoints(folder) or pointed_at(self.work_dir)):
             return True
         if self._resume and source is None:
             return False
@@ -148,7 +180,7 @@ class Runner(ShardableRunner):
         elif start:
             check_newest(start, folder)
         else:
-            check_unused(folder)
+            check_unused(folder, pointed_at(self.work_dir))
         return False
 
     def register_default_hooks(self, hooks: dict | None = None) -> None:
@@ -226,7 +258,8 @@ class Runner(ShardableRunner):
             return
         source = self._load_from
         if self._resume and source is None:
-            source = newest_valid(self.checkpoint_folder) or pointed_at(self.work_dir)
+            pointed = pointed_at(self.work_dir)
+            source = newest_valid(self.checkpoint_folder, pointed) or pointed
             if source is None:
                 self.logger.warning(
                     f'{self.checkpoint_folder} holds no checkpoint: training starts '
@@ -362,7 +395,7 @@ class Runner(ShardableRunner):
         """Before a step: takes the state of the newest checkpoint, if there is one,
         and goes on with the data that comes next."""
         self.writer.wait()
-        source = newest_valid(self.checkpoint_folder)
+        source = newest_valid(self.checkpoint_folder, pointed_at(self.work_dir))
         if source is None:
             return
         loop: Any = self.train_loop

@@ -1,9 +1,11 @@
 """What a process tells the launcher that started it, through files in a folder, and
 how it ends with it."""
 
+import contextlib
 import json
 import os
 import signal
+import socket
 import threading
 import time
 from pathlib import Path
@@ -12,8 +14,10 @@ from typing import Any
 import torch
 from torch.distributed import DistError
 
-FOLDER = 'CONVNEXT_MM_LAUNCH'  # environment variables
-ATTEMPT = 'CONVNEXT_MM_ATTEMPT'
+from convnext_mm.checkpoint.write import write_text
+
+FOLDER = 'CONVNEXT_MM_LAUNCH'  # environment variable
+STARTED = '.started_by'  # in a work folder
 STALLED = 76  # exit status of a process that waited in vain for another
 ORPHAN_GRACE = 60  # seconds for the last save of a process without a launcher
 # What PyTorch says, as a plain RuntimeError, about faults from outside.
@@ -31,20 +35,36 @@ def rank() -> int:
     return int(os.environ.get('RANK', '0'))
 
 
-def is_restart() -> bool:
-    """Whether this run was started before, by our launcher, torchrun or Slurm."""
-    names = (ATTEMPT, 'TORCHELASTIC_RESTART_COUNT', 'SLURM_RESTART_COUNT')
-    path = folder()
-    return any(int(os.environ.get(name) or 0) for name in names) or (
-        path is not None and (path / 'started').exists()
-    )
+def _starters() -> dict[str, int]:
+    """Slurm and torchrun, where they started this process: by names that stay when
+    they start it again, how often they did."""
+    env = os.environ
+    agent = f'{env.get("TORCHELASTIC_RUN_ID")} {socket.gethostname()} {os.getppid()}'
+    counts = {
+        f'Slurm job {env.get("SLURM_JOB_ID")}': 'SLURM_RESTART_COUNT',
+        f'torchrun {agent}': 'TORCHELASTIC_RESTART_COUNT',
+    }
+    return {name: int(env.get(count) or 0) for name, count in counts.items()}
 
 
-def mark_started() -> None:
-    """From now on a new start is a restart."""
+def is_restart(work_dir: str) -> bool:
+    """Whether this run was started in that folder before, by our launcher, torchrun
+    or Slurm. One that was started, and refused the folder, was not."""
+    path, started = folder(), Path(work_dir, STARTED)
+    if path is not None and (path / 'started').exists():
+        return True
+    known = started.read_text().splitlines() if started.is_file() else []
+    return any(count and name in known for name, count in _starters().items())
+
+
+def mark_started(work_dir: str) -> None:
+    """From now on a new start in that folder is a restart."""
     path = folder()
     if path is not None:
         (path / 'started').touch()
+    if rank() == 0:
+        with contextlib.suppress(OSError):  # a full disk, which a save will name
+            write_text(Path(work_dir, STARTED), '\n'.join(_starters()) + '\n')
 
 
 def announce() -> None:

@@ -43,9 +43,14 @@ def checkpoints(folder: str | os.PathLike) -> list[Path]:
     return [path for _, path in sorted(found, reverse=True)]
 
 
-def newest_valid(folder: str | os.PathLike) -> Path | None:
+def newest_valid(folder: str | os.PathLike, pointed: str | None = None) -> Path | None:
     """The newest checkpoint that can be read, the same on every process; None
     where there is none at all.
+
+    Args:
+        folder: Of the checkpoints.
+        pointed: The one of :func:`pointed_at`, which comes first where its name does
+            not tell how new it is.
 
     Raises:
         CheckpointFileError: There are some, and none can be read.
@@ -53,7 +58,7 @@ def newest_valid(folder: str | os.PathLike) -> Path | None:
     answer: list = [None, None]
     if is_main_process():
         try:
-            answer[0] = _newest_valid(folder)
+            answer[0] = _newest_valid(folder, pointed)
         except CheckpointError as error:
             answer[1] = str(error)
     broadcast_object_list(answer)
@@ -63,8 +68,8 @@ def newest_valid(folder: str | os.PathLike) -> Path | None:
     return path
 
 
-def _newest_valid(folder: str | os.PathLike) -> Path | None:
-    found = checkpoints(folder)
+def _newest_valid(folder: str | os.PathLike, pointed: str | None) -> Path | None:
+    found = _with_pointed(folder, pointed)
     problems = []
     for path in found:
         try:
@@ -91,13 +96,24 @@ def pointed_at(work_dir: str | os.PathLike) -> str | None:
     return os.path.join(work_dir, name) if name and '://' not in name else name or None
 
 
-def check_unused(folder: str | os.PathLike) -> None:
+def _with_pointed(folder: str | os.PathLike, pointed: str | None) -> list[Path]:
+    found = checkpoints(folder)
+    path = Path(pointed or '')
+    if pointed and path.is_file() and progress(path) is None:
+        found.insert(0, path)  # of a file name template of the user's own
+    return found
+
+
+def check_unused(folder: str | os.PathLike, pointed: str | None = None) -> None:
     """Before a run that starts from the beginning.
+
+    Args:
+        folder, pointed: Of :func:`newest_valid`.
 
     Raises:
         ConfigError: The folder holds checkpoints.
     """
-    found = checkpoints(folder)
+    found = _with_pointed(folder, pointed)
     if found:
         raise ConfigError(
             f'{folder} holds checkpoints of a run, the last is {found[0].name}: go on '

@@ -3,6 +3,8 @@
 import gc
 import multiprocessing
 import os
+import pickle
+import sys
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ from torch.utils.data import Dataset
 from convnext_mm import CheckpointError, ConvNeXt
 from convnext_mm.checkpoint import CheckpointMismatchError, UnsafeCheckpointError
 from convnext_mm.engine.launch import running
-from convnext_mm.engine.runner import Runner
+from convnext_mm.engine.runner import Runner, load_formatter
 from toys import ARCH, detector, segmentor
 
 
@@ -271,6 +273,22 @@ def test_load_from_incomplete_backbone(tmp_path):
     torch.save(state, tmp_path / 'cut.pth')
     with pytest.raises(CheckpointMismatchError, match='dwconv.bias'):
         make_runner(tmp_path).load_checkpoint(str(tmp_path / 'cut.pth'))
+
+
+def test_formatter_whose_cache_is_being_written(monkeypatch):
+    for name in [name for name in sys.modules if name.startswith('yapf')]:
+        monkeypatch.delitem(sys.modules, name)
+    load, calls = pickle.load, []
+
+    def load_late(file):
+        calls.append(file)
+        if len(calls) < 3:
+            raise EOFError('Ran out of input')
+        return load(file)
+
+    monkeypatch.setattr(pickle, 'load', load_late)
+    load_formatter()
+    assert len(calls) > 2 and 'yapf.yapflib.yapf_api' in sys.modules
 
 
 def test_average_resumes(tmp_path):

@@ -18,6 +18,7 @@ from convnext_mm.checkpoint import (
 )
 from convnext_mm.checkpoint.errors import CheckpointWriteError
 from convnext_mm.checkpoint.write import BackgroundWriter, write_checkpoint
+from convnext_mm.engine import supervision
 from convnext_mm.engine.errors import ConfigError
 from convnext_mm.engine.hooks import checkpoint_hook
 from convnext_mm.engine.work_folder import (
@@ -65,6 +66,43 @@ def test_newest_valid(tmp_path):
     os.truncate(tmp_path / 'iter_1.pth', 10)
     with pytest.raises(CheckpointFileError, match='of 3 checkpoints none.*--overwrite'):
         newest_valid(tmp_path)
+
+
+def test_names_of_the_users_own(tmp_path):
+    """Only the pointer tells which of them is the newest."""
+    touch(tmp_path, 'ckpt_8.pth', 'ckpt_12.pth', 'autosave_iter_7.pth')
+    pointed = str(tmp_path / 'ckpt_12.pth')
+    assert newest_valid(tmp_path, pointed).name == 'ckpt_12.pth'
+    with pytest.raises(ConfigError, match='ckpt_12.pth'):
+        check_unused(tmp_path, pointed)
+    os.truncate(pointed, 100)
+    assert newest_valid(tmp_path, pointed).name == 'autosave_iter_7.pth'
+    os.unlink(pointed)
+    assert newest_valid(tmp_path, pointed).name == 'autosave_iter_7.pth'
+    touch(tmp_path, 'iter_9.pth')
+    pointed = str(tmp_path / 'autosave_iter_7.pth')  # behind the last
+    assert newest_valid(tmp_path, pointed).name == 'iter_9.pth'
+
+
+@pytest.mark.parametrize(
+    'job, count, another',
+    [
+        ('SLURM_JOB_ID', 'SLURM_RESTART_COUNT', '8'),
+        ('TORCHELASTIC_RUN_ID', 'TORCHELASTIC_RESTART_COUNT', 'another'),
+    ],
+)
+def test_restart_is_of_the_same_run(job, count, another, tmp_path, monkeypatch):
+    """What was started again, and never had the folder, does not take it."""
+    folder = str(tmp_path)
+    monkeypatch.setenv(job, '7')
+    monkeypatch.setenv(count, '0')
+    assert not supervision.is_restart(folder)
+    monkeypatch.setenv(count, '1')
+    assert not supervision.is_restart(folder)
+    supervision.mark_started(folder)
+    assert supervision.is_restart(folder)
+    monkeypatch.setenv(job, another)
+    assert not supervision.is_restart(folder)
 
 
 def test_used_folder_is_refused_and_cleared(tmp_path):

@@ -10,7 +10,7 @@ from repo import ROOT
 FAKE = """#!/usr/bin/env bash
 printf '%s\\n' "$(basename "$0") $*" >> "$CALLS"
 [ "$(basename "$0")" = sbatch ] && cat > "$JOB"
-[ "$(basename "$0")" = srun ] && exit "${STATUS:-0}"
+[ "$(basename "$0")" = srun ] && touch ${MARKER:-"$CALLS"} && exit "${STATUS:-0}"
 exit 0
 """
 
@@ -73,11 +73,12 @@ def test_the_process_that_saved_is_believed(slurm, tmp_path):
     slurm(
         ROOT / 'tools/slurm_train.sh', 'gpu', 'name', 'c.py', tmp_path / 'w', GPUS='2'
     )
+    marker = tmp_path / 'w' / 'interrupted'
+    marker.parent.mkdir()
     for interrupted in (False, True):
-        if interrupted:
-            (tmp_path / 'w').mkdir()
-            (tmp_path / 'w' / 'interrupted').touch()
-        _, lines = slurm(slurm.job, STATUS='143', SLURM_JOB_ID='7')
+        marker.touch()  # of an earlier job
+        env = dict(MARKER=str(marker)) if interrupted else {}
+        _, lines = slurm(slurm.job, STATUS='143', SLURM_JOB_ID='7', **env)
         assert ('scontrol requeue 7' in lines) is interrupted
 
 

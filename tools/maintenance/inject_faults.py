@@ -806,6 +806,28 @@ def disk_full(place: Place, folder: Path, outcome: Outcome) -> None:
         finish(run, outcome, resume=False)
 
 
+@fault('disk-without-a-byte', 'a disk without a byte from step 9 on, room at the end')
+def disk_without_a_byte(place: Place, folder: Path, outcome: Outcome) -> None:
+    with small_disk(folder, 120):
+        run = Run(place, folder).start()
+        run.wait_for(9)
+        run.wait_until((folder / 'iter_8.pth').exists)
+        filler = folder / 'filler'
+        with suppress(OSError), open(filler, 'wb', buffering=0) as file:
+            while True:
+                file.write(b'0' * 4096)
+        run.wait_until(lambda: f'Iter(train) [{STEPS}/{STEPS}]' in run.output())
+        run.wait_until(lambda: f'iter_{STEPS}.pth could not' in run.output())
+        outcome.saw = next(
+            x for x in run.output().splitlines() if 'could not be written' in x
+        )
+        filler.unlink()
+        outcome.status = run.wait()
+        check(outcome, outcome.status == 0, 'status')
+        finish(run, outcome, resume=False)
+        outcome.steps_lost = None  # their log had no room
+
+
 @fault('disk-stays-full', 'a disk that stays full, give_up_minutes=0.05')
 def disk_stays_full(place: Place, folder: Path, outcome: Outcome) -> None:
     with small_disk(folder, 120):
@@ -903,41 +925,76 @@ for name, what, options, words in (
             check(outcome, word in outcome.saw, f'{word!r} is not said')
 
 
-STUCK = """
+HOOK = """
 import os
+import signal
 import time
 from mmengine.dist import get_rank
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 
 @HOOKS.register_module()
-class StuckHook(Hook):
-    def before_train_iter(self, runner, batch_idx, data_batch=None):
-        first = runner.work_dir + '/stuck'
-        if runner.iter == 12 and get_rank() == 1 and not os.path.exists(first):
+class FaultHook(Hook):
+    def {method}(self, runner, batch_idx, data_batch=None):
+        first = runner.work_dir + '/first'
+        if runner.iter == 12 and get_rank() == {rank} and not os.path.exists(first):
             open(first, 'w').close()
-            while True:
-                time.sleep(0.1)
+            {action}
 """
+
+
+def with_hook(run: Run, method: str, rank: int, action: str) -> None:
+    """Has a process of a run do something once, in or after step 12."""
+    module = run.folder.with_suffix('.modules')
+    module.mkdir(parents=True, exist_ok=True)
+    (module / 'fault_hook.py').write_text(
+        HOOK.format(method=method, rank=rank, action=action)
+    )
+    config = module / 'fault.py'
+    config.write_text(
+        f"_base_ = '{ROOT / CONFIG}'\n"
+        "custom_imports = dict(imports='fault_hook')\n"
+        "custom_hooks = [dict(type='FaultHook')]\n"
+    )
+    run.env['PYTHONPATH'] = f'{module}:{ROOT}'
+    run.config = str(config)
+
+
+def interrupt_validation(processes: int) -> Callable[[Place, Path, Outcome], None]:
+    def inject(place: Place, folder: Path, outcome: Outcome) -> None:
+        run = Run(place, folder, processes)
+        # A launcher passes on what it gets.
+        target = 'os.getpid()' if processes == 1 else 'os.getppid()'
+        with_hook(run, 'before_val_iter', 0, f'os.kill({target}, signal.SIGTERM)')
+        run.start()
+        outcome.status = run.wait()
+        outcome.saw = run.last_line()
+        check(outcome, outcome.status == 75, 'not the status to requeue')
+        check(outcome, 'iter_12.pth is saved' in outcome.saw, 'not said')
+        finish(run, outcome)
+        check(outcome, outcome.steps_lost == 0, 'steps were lost')
+        # After steps 12 and 24.
+        whole = run.output().count('mIoU: ')
+        check(outcome, whole == 2, f'{whole} validations instead of 2')
+
+    return inject
+
+
+for name, processes in (('one process', 1), ('two processes', 2)):
+    fault(
+        f'sigterm-validation-{name.replace(" ", "-")}',
+        f'SIGTERM while validating after step 12, {name}',
+    )(interrupt_validation(processes))
 
 
 @fault('stuck-rank', 'process 1 of 2 in an endless loop in step 13')
 def stuck_rank(place: Place, folder: Path, outcome: Outcome) -> None:
-    module = folder.with_suffix('.modules')
-    module.mkdir(parents=True, exist_ok=True)
-    (module / 'stuck_hook.py').write_text(STUCK)
-    config = module / 'stuck.py'
-    config.write_text(
-        f"_base_ = '{ROOT / CONFIG}'\n"
-        "custom_imports = dict(imports='stuck_hook')\n"
-        "custom_hooks = [dict(type='StuckHook')]\n"
-    )
     options = {
         'default_hooks.stall.type': 'convnext_mm.StallHook',
         'default_hooks.stall.stalled_seconds': 20,
     }
-    run = Run(place, folder, 2, options, env=dict(PYTHONPATH=f'{module}:{ROOT}'))
-    run.config = str(config)
+    run = Run(place, folder, 2, options)
+    with_hook(run, 'before_train_iter', 1, 'while True: time.sleep(0.1)')
     run.start()
     outcome.status = run.wait()
     lines = [x for x in run.output().splitlines() if 'restart 1 of 3' in x]
@@ -945,7 +1002,7 @@ def stuck_rank(place: Place, folder: Path, outcome: Outcome) -> None:
     check(outcome, 'process 1 on' in outcome.saw, 'not named')
     stacks = folder / 'stacks/rank_1.txt'
     check(
-        outcome, stacks.exists() and 'stuck_hook' in stacks.read_text(), 'not in stacks'
+        outcome, stacks.exists() and 'fault_hook' in stacks.read_text(), 'not in stacks'
     )
     run.given = {}
     finish(run, outcome, resume=False)
@@ -998,10 +1055,9 @@ def two_hosts() -> Iterator[tuple[str, str]]:
             subprocess.run(['ip', 'netns', 'del', name])
 
 
-def on_hosts(
-    place: Place, folder: Path, outcome: Outcome, cut_seconds: float = 0
-) -> None:
-    """A process on each of two hosts; the second is cut off for a while."""
+@contextmanager
+def on_hosts(place: Place, folder: Path, nodes: str = '2') -> Iterator[list[Run]]:
+    """A run with a process on each of two hosts, which has made nine steps."""
     options = {
         'default_hooks.stall.type': 'convnext_mm.StallHook',
         'default_hooks.stall.frozen_seconds': 15,
@@ -1010,11 +1066,10 @@ def on_hosts(
         runs = []
         for number, name in enumerate(names):
             env = dict(
-                NNODES='2',
+                NNODES=nodes,
                 NODE_RANK=str(number),
                 MASTER_ADDR='10.77.0.1',
                 PORT='29511',
-                GLOO_SOCKET_IFNAME=f'cable{number}',
             )
             run = Run(place, folder, 2, options, env)
             run.log = folder.with_suffix(f'.host{number}.log')
@@ -1023,32 +1078,50 @@ def on_hosts(
             command[3] = '1'
             run.command = lambda *_, c=command, n=name: ['ip', 'netns', 'exec', n, *c]
             runs.append(run.start())
-        first, second = runs
-        first.wait_for(9)
-        if cut_seconds:
-            link = ('ip', '-n', names[1], 'link', 'set', 'cable1')
-            subprocess.run([*link, 'down'], check=True)
-            time.sleep(cut_seconds)
-            subprocess.run([*link, 'up'], check=True)
-        statuses = [run.wait(600) for run in runs]
-        outcome.status = max(statuses)
-        lines = [x for x in first.output().splitlines() if 'restart 1 of 3' in x]
-        outcome.saw = lines[-1] if lines else 'nothing'
-        check(outcome, statuses == [0, 0], f'ended with {statuses}')
-        check(outcome, bool(lines) is bool(cut_seconds), 'restarts')
-        first.given = {}
-        finish(first, outcome, resume=False)
-        del second
+        runs[0].wait_for(9)
+        yield runs
+        for run in runs:
+            run.given = {}
+
+
+def end_hosts(runs: list[Run], outcome: Outcome, restarts: bool) -> None:
+    """Both hosts must come to the end of the run."""
+    statuses = [run.wait(600) for run in runs]
+    outcome.status = max(statuses)
+    lines = [x for x in runs[0].output().splitlines() if 'restart 1 of 3' in x]
+    outcome.saw = lines[-1] if lines else 'nothing'
+    check(outcome, statuses == [0] * len(runs), f'ended with {statuses}')
+    check(outcome, bool(lines) is restarts, 'restarts')
 
 
 @fault('two-hosts', 'nothing: two hosts with a process each')
 def hosts(place: Place, folder: Path, outcome: Outcome) -> None:
-    on_hosts(place, folder, outcome)
+    with on_hosts(place, folder) as runs:
+        end_hosts(runs, outcome, restarts=False)
+    finish(runs[0], outcome, resume=False)
 
 
 @fault('two-hosts-cut', 'one of two hosts cut off for 40 seconds')
 def hosts_cut(place: Place, folder: Path, outcome: Outcome) -> None:
-    on_hosts(place, folder, outcome, cut_seconds=40)
+    with on_hosts(place, folder) as runs:
+        link = 'ip -n convnext1 link set cable1'.split()
+        subprocess.run([*link, 'down'], check=True)
+        time.sleep(40)
+        subprocess.run([*link, 'up'], check=True)
+        end_hosts(runs, outcome, restarts=True)
+    finish(runs[0], outcome, resume=False)
+
+
+@fault('two-hosts-one-lost', 'one of two hosts killed, NNODES=1:2')
+def host_lost(place: Place, folder: Path, outcome: Outcome) -> None:
+    with on_hosts(place, folder, nodes='1:2') as runs:
+        first, second = runs
+        second.kill_all()
+        second.wait()
+        end_hosts([first], outcome, restarts=True)
+    said = 'Saved with 2 processes of 2 images, now 1 of 2: goes on behind sample'
+    check(outcome, said in first.output(), 'not said')
+    check(outcome, (folder / f'iter_{STEPS}.pth').exists(), 'not to the end')
 
 
 @fault('image-deleted', 'an image deleted while training')

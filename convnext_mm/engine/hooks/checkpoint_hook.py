@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from mmengine.dist import is_main_process
+from mmengine.dist import get_world_size, is_main_process
 from mmengine.hooks import CheckpointHook as MMEngineCheckpointHook
 from mmengine.hooks import EMAHook
 
@@ -339,5 +339,6 @@ class CheckpointHook(MMEngineCheckpointHook):
         raise Interrupted(
             f'{signal.Signals(self._stopping).name} ended the run after iteration '
             f'{done}; {kept[0].name if kept else "nothing"} is saved in '
-            f'{self.out_dir}: go on with --resume'
+            f'{self.out_dir}: go on with --resume',
+            alone and get_world_size() > 1,
         )

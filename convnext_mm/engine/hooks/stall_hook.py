@@ -21,6 +21,8 @@ from convnext_mm.engine.errors import ConfigError
 from convnext_mm.registry import HOOKS
 
 BEAT_SECONDS = 5
+FIRST_BEAT_SECONDS = 0.2  # until the others were heard of
+JOIN_SECONDS = 60
 NCCL_SECONDS, GLOO_SECONDS = 600, 1800  # after which PyTorch gives up waiting
 VERDICT = 'verdict'
 
@@ -65,6 +67,7 @@ class StallHook(Hook):
         self._seen: dict[int, tuple[dict, float]] = {}  # state, when it came
         self._verdict: str | None = None
         self._ended = threading.Event()
+        self._threads: list[threading.Thread] = []
 
     def before_train(self, runner: Any) -> None:
         """Starts to watch."""
@@ -90,12 +93,20 @@ class StallHook(Hook):
         self._store = torch.distributed.PrefixStore(  # type: ignore[attr-defined]
             prefix, store
         )
-        for target in (self._tell_and_ask, self._watch):
-            threading.Thread(target=target, daemon=True).start()
+        self._threads = [
+            threading.Thread(target=target, daemon=True)
+            for target in (self._tell_and_ask, self._watch)
+        ]
+        for thread in self._threads:
+            thread.start()
 
     def after_train(self, runner: Any) -> None:
         """Stops watching."""
         self._ended.set()
+        for thread in self._threads:
+            # Python aborts the process where it ends while a thread asks the store,
+            # which may take until process 0 is gone.
+            thread.join(JOIN_SECONDS)
 
     def _at(self, runner: Any, doing: str) -> None:
         self._events += 1
@@ -121,14 +132,17 @@ class StallHook(Hook):
         """Exchanges states with the others. A call may wait for ever where the
         process that holds the store is stopped, so another thread judges."""
         beats = 0
-        while not self._ended.wait(BEAT_SECONDS):
+        # Process 0 looks at all, the others only at process 0.
+        others = range(self.world_size) if self.rank == 0 else (0,)
+        while not self._ended.wait(
+            BEAT_SECONDS if len(self._seen) == len(others) else FIRST_BEAT_SECONDS
+        ):
             beats += 1
             with contextlib.suppress(torch.distributed.DistError, RuntimeError):
                 self._store.set(str(self.rank), json.dumps(self._state(beats)))
                 if self._store.check([VERDICT]):
                     self._verdict = self._store.get(VERDICT).decode()
-                # Process 0 looks at all, the others only at process 0.
-                for rank in range(self.world_size) if self.rank == 0 else (0,):
+                for rank in others:
                     self._look(rank)
         with contextlib.suppress(torch.distributed.DistError, RuntimeError):
             self._store.set(str(self.rank), json.dumps(self._state(beats)))
