@@ -108,6 +108,7 @@ class BackgroundWriter:
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix='checkpoint')
         self._last: Future | None = None
+        self._failure: CheckpointWriteError | None = None
 
     @property
     def busy(self) -> bool:
@@ -122,15 +123,17 @@ class BackgroundWriter:
             content, path: Of :func:`write_checkpoint`.
             then: Called when the file is in its place.
 
-        Raises:
-            CheckpointWriteError: The one before could not be written.
+        What went wrong with the one before, :meth:`check` and :meth:`wait` raise.
         """
-        self.wait()
+        try:
+            self.wait()
+        except CheckpointWriteError as error:
+            self._failure = error
         self._last = self._thread.submit(_write, copy_to_cpu(content), path, then)
 
     def check(self) -> None:
         """Raises what went wrong, once, without waiting."""
-        if self._last is not None and self._last.done():
+        if self._failure is not None or (self._last is not None and not self.busy):
             self.wait()
 
     def wait(self) -> None:
@@ -140,8 +143,15 @@ class BackgroundWriter:
             CheckpointWriteError: It could not be.
         """
         last, self._last = self._last, None
+        failure, self._failure = self._failure, None
         if last is not None:
             last.result()
+        if failure is not None:
+            raise failure
+
+    def afterwards(self, action: Callable[[], None]) -> None:
+        """Has the thread do it when everything is written."""
+        self._thread.submit(action)
 
 
 def _write(content: dict[str, Any], path: Path, then: Callable[[], None]) -> None:

@@ -28,7 +28,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from .agreement import REQUEUE, SIGNALS
 from .errors import ConfigError
 from .network import check_port, free_port, own_address
-from .supervision import FOLDER, STALLED, read_reports
+from .supervision import FOLDER, LAUNCHER, STALLED, read_reports
 
 JOIN_SECONDS = 1800  # for machines to find each other, again after one was lost
 REJOIN_SECONDS = 300  # for machine 0, which was there, to answer again
@@ -103,6 +103,7 @@ class Launcher:
         self.command = list(command)
         self.settings = settings
         self.folder = Path(tempfile.mkdtemp(prefix='convnext_mm-launch-'))
+        (self.folder / LAUNCHER).write_text(str(os.getpid()))
         self._signal = 0
         self._signal_at = 0.0
         self._told: set[Path] = set()  # files of process ids

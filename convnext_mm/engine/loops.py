@@ -2,10 +2,12 @@
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from mmengine.dist import broadcast_object_list, is_main_process
+from mmengine.optim.scheduler import ReduceOnPlateauParamScheduler
 from mmengine.runner import EpochBasedTrainLoop as MMEngineEpochBasedTrainLoop
 from mmengine.runner import IterBasedTrainLoop as MMEngineIterBasedTrainLoop
 from torch import nn
@@ -36,6 +38,7 @@ class _ResumableLoop:
     def __init__(self, runner: Any, dataloader: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(runner, dataloader, *args, **kwargs)  # type: ignore[call-arg]
         self.position = Position(self.dataloader, runner.seed)
+        self.validated: int | None = None  # after which step
 
     def start_step(self) -> None:
         self.position.taken += 1
@@ -54,9 +57,14 @@ class _ResumableLoop:
         ):
             return
         self.runner.val_loop.run()
+        self.validated = self._iter
+        if is_main_process():
+            # Behind a checkpoint that has its best score.
+            self.runner.writer.afterwards(partial(self._mark, self._iter))
+
+    def _mark(self, step: int) -> None:
         with contextlib.suppress(OSError):  # a full disk: it would come again
-            if is_main_process():
-                self._marker.write_text(str(self._iter))
+            self._marker.write_text(str(step))
 
     def validate_if_cut_off(self, done: int, end: int) -> None:
         """Validates first, where a resumed run was left before or in a validation.
@@ -66,6 +74,10 @@ class _ResumableLoop:
         """
         made = [self._marker.read_text() if self._marker.is_file() else '']
         broadcast_object_list(made)  # folders may differ
+        schedulers: Any = self.runner.param_schedulers or ()
+        if any(isinstance(s, ReduceOnPlateauParamScheduler) for s in schedulers):
+            # What it learned from the validation is in a later checkpoint only.
+            made = [str(self.runner.loaded_meta.get('validated'))]
         if made[0] != str(self._iter):
             self._decide_current_val_interval()
             self.validate_if_due(done, end)

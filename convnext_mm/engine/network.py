@@ -7,19 +7,24 @@ import struct
 
 from .errors import ConfigError
 
+LOOPBACK = '127.'
+ANYWHERE = '192.0.2.1'  # nobody's (RFC 5737)
 SIOCGIFADDR = 0x8915  # Linux: asks an interface for its address
 
 
 def own_address(towards: str) -> str | None:
     """The address of this machine in the network of another one; its name, which
-    PyTorch would take, need not resolve. None where nothing leads there."""
+    PyTorch would take, need not resolve. None where nothing leads there, or the name
+    of this machine only to itself, as of many in ``/etc/hosts``."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect((towards, 9))  # sends nothing
         except OSError:
             return None
         address: str = probe.getsockname()[0]
-        return address
+    if address.startswith(LOOPBACK) and not towards.startswith((LOOPBACK, 'localhost')):
+        return None
+    return address
 
 
 def interface_of(address: str | None) -> str | None:
@@ -41,7 +46,8 @@ def choose_interface() -> None:
     that this machine's name resolves to, which on many is one that only itself
     can reach. ``GLOO_SOCKET_IFNAME``, where set, stays."""
     main = os.environ.get('MASTER_ADDR', '')
-    name = interface_of(own_address(main)) if main else None
+    address = own_address(main) or own_address(ANYWHERE)
+    name = interface_of(address) if main else None
     if name is not None:
         os.environ.setdefault('GLOO_SOCKET_IFNAME', name)
 

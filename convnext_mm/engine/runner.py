@@ -55,6 +55,7 @@ from .work_folder import (
     check_unused,
     checkpoints,
     clear,
+    forget,
     locked,
     newest_valid,
     pointed_at,
@@ -113,7 +114,7 @@ class Runner(ShardableRunner):
         self.writer = BackgroundWriter()
         self.skipped_in_a_row = 0  # steps, up to now
         self._is_strict = False
-        self._loaded_meta: dict[str, Any] = {}
+        self.loaded_meta: dict[str, Any] = {}  # of the checkpoint that is resumed
         load_formatter()
         super().__init__(*args, **kwargs)
         supervision.note_work_dir(self.work_dir)
@@ -148,6 +149,8 @@ class Runner(ShardableRunner):
             for hook in self.hooks:
                 if isinstance(hook, CheckpointHook):
                     stack.callback(hook.restore_signals)
+                elif isinstance(hook, StallHook):
+                    stack.callback(hook.stop)
             return super().train()
 
     def _finish_writing(self) -> None:
@@ -170,17 +173,22 @@ class Runner(ShardableRunner):
         if not any(isinstance(hook, CheckpointHook) for hook in self.hooks):
             return False
         # Files of other names or places are known by the pointer alone.
-        if is_restart and (checkpoints(folder) or pointed_at(self.work_dir)):
+        pointed = pointed_at(self.work_dir) or ''
+        elsewhere = '://' in pointed or Path(pointed).is_file()
+        if is_restart and (checkpoints(folder) or elsewhere):
             return True
         if self._resume and source is None:
             return False
         start = Path(source) if self._resume and source else None
         if self.cfg.get('overwrite'):
-            clear(folder, keep=start)
+            needed = None if self._resume else source
+            clear(folder, self.work_dir, start, needed)
         elif start:
             check_newest(start, folder)
         else:
-            check_unused(folder, pointed_at(self.work_dir))
+            check_unused(folder, self.work_dir)
+        if not start:
+            forget(self.work_dir)
         return False
 
     def register_default_hooks(self, hooks: dict | None = None) -> None:
@@ -258,8 +266,9 @@ class Runner(ShardableRunner):
             return
         source = self._load_from
         if self._resume and source is None:
-            pointed = pointed_at(self.work_dir)
-            source = newest_valid(self.checkpoint_folder, pointed) or pointed
+            source = newest_valid(self.checkpoint_folder, self.work_dir) or pointed_at(
+                self.work_dir
+            )
             if source is None:
                 self.logger.warning(
                     f'{self.checkpoint_folder} holds no checkpoint: training starts '
@@ -354,10 +363,12 @@ class Runner(ShardableRunner):
             several = len(hook.key_indicators) > 1
             for key in hook.key_indicators:
                 best = self._best_checkpoint(hook, key)
+                ending = f'_{key}' if several else ''
                 if best is not None:
-                    self.message_hub.update_info(
-                        f'best_ckpt_{key}' if several else 'best_ckpt', str(best)
-                    )
+                    self.message_hub.update_info(f'best_ckpt{ending}', str(best))
+                else:  # the next one is
+                    self.message_hub.pop_info(f'best_ckpt{ending}', None)
+                    self.message_hub.pop_info(f'best_score{ending}', None)
 
     def note_meta(self, meta: dict[str, Any]) -> None:
         """Lists the settings that changed since a checkpoint to resume.
@@ -365,7 +376,7 @@ class Runner(ShardableRunner):
         Raises:
             CheckpointMismatchError: One that a resumed run would not follow.
         """
-        self._loaded_meta = meta
+        self.loaded_meta = meta
         before = meta.get('settings')
         if not self._resume or not isinstance(before, dict):
             return
@@ -394,8 +405,8 @@ class Runner(ShardableRunner):
     def roll_back(self) -> None:
         """Before a step: takes the state of the newest checkpoint, if there is one,
         and goes on with the data that comes next."""
-        self.writer.wait()
-        source = newest_valid(self.checkpoint_folder, pointed_at(self.work_dir))
+        self._finish_writing()
+        source = newest_valid(self.checkpoint_folder, self.work_dir)
         if source is None:
             return
         loop: Any = self.train_loop
@@ -417,7 +428,7 @@ class Runner(ShardableRunner):
             loop: The training loop.
             fresh: Of :meth:`_rescale_schedules`.
         """
-        state = self._loaded_meta.get('position')
+        state = self.loaded_meta.get('position')
         if state is None:  # of MMEngine's runner
             batches = len(loop.dataloader)
             number, taken = self.epoch, self.iter - self.epoch * batches
@@ -493,7 +504,8 @@ class Runner(ShardableRunner):
             then: Called when the file is in its place.
 
         Raises:
-            CheckpointWriteError: It, or the one before, could not be written.
+            CheckpointWriteError: It could not be written; a thread's failures are
+                raised by ``writer``.
         """
         content = self.training_state(save_optimizer, save_param_scheduler)
         content['meta'] = {
@@ -529,6 +541,7 @@ class Runner(ShardableRunner):
             meta['dataset_meta'] = self.train_dataloader.dataset.metainfo
         if hasattr(self.train_loop, 'position'):
             meta['position'] = self.train_loop.position.state_dict()
+            meta['validated'] = self.train_loop.validated
         state = dict(
             meta=meta,
             state_dict=self._bare_model.state_dict(),

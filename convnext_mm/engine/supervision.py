@@ -17,11 +17,20 @@ from torch.distributed import DistError
 from convnext_mm.checkpoint.write import write_text
 
 FOLDER = 'CONVNEXT_MM_LAUNCH'  # environment variable
+LAUNCHER = 'launcher'  # in the launcher's folder: its process id
 STARTED = '.started_by'  # in a work folder
 STALLED = 76  # exit status of a process that waited in vain for another
 ORPHAN_GRACE = 60  # seconds for the last save of a process without a launcher
 # What PyTorch says, as a plain RuntimeError, about faults from outside.
-OUTSIDE = ('CUDA error', 'NCCL error', 'Connection', 'connection', 'DataLoader worker')
+OUTSIDE = (
+    'CUDA error',
+    'NCCL error',
+    'Connection',
+    'connection',
+    'DataLoader worker',
+    'Timed out',  # gloo, which waited for another process
+    'timeout',
+)
 
 
 def folder() -> Path | None:
@@ -71,8 +80,10 @@ def announce() -> None:
     """Tells the launcher about this process, which ends when the launcher does."""
     path = folder()
     if path is not None:
+        # It may have ended while this process was starting.
+        launcher = int((path / LAUNCHER).read_text())
+        threading.Thread(target=_follow, args=(launcher,), daemon=True).start()
         (path / f'{rank()}.pid').write_text(str(os.getpid()))
-        threading.Thread(target=_follow, args=(os.getppid(),), daemon=True).start()
 
 
 def _follow(parent: int) -> None:
@@ -102,9 +113,9 @@ def report(message: str, mendable: bool) -> None:
         content = dict(
             message=message, mendable=mendable, time=time.time(), rank=rank()
         )
-        partial = path / f'{rank()}.partial'
-        partial.write_text(json.dumps(content))
-        partial.replace(path / f'{rank()}.json')
+        # Where there is no room, the launcher has the exit status alone.
+        with contextlib.suppress(OSError):
+            write_text(path / f'{rank()}.json', json.dumps(content))
 
 
 def is_mendable(error: BaseException) -> bool:

@@ -43,14 +43,39 @@ def checkpoints(folder: str | os.PathLike) -> list[Path]:
     return [path for _, path in sorted(found, reverse=True)]
 
 
-def newest_valid(folder: str | os.PathLike, pointed: str | None = None) -> Path | None:
+def pointed_at(work_dir: str | os.PathLike) -> str | None:
+    """The checkpoint that the pointer of a work folder names, for those that lie
+    elsewhere or have other names."""
+    pointer = Path(work_dir, POINTER)
+    name = pointer.read_text().strip() if pointer.is_file() else ''
+    return os.path.join(work_dir, name) if name and '://' not in name else name or None
+
+
+def resumable(
+    folder: str | os.PathLike, work_dir: str | os.PathLike | None = None
+) -> list[Path]:
+    """The checkpoints to resume from, newest first. One with a name of the user's
+    own is known by the pointer alone.
+
+    Args:
+        folder: Of the checkpoints.
+        work_dir: Of the pointer; by default the same.
+    """
+    found = checkpoints(folder)
+    path = Path(pointed_at(work_dir or folder) or '')
+    if path.is_file() and progress(path) is None:
+        found.insert(0, path)
+    return found
+
+
+def newest_valid(
+    folder: str | os.PathLike, work_dir: str | os.PathLike | None = None
+) -> Path | None:
     """The newest checkpoint that can be read, the same on every process; None
     where there is none at all.
 
     Args:
-        folder: Of the checkpoints.
-        pointed: The one of :func:`pointed_at`, which comes first where its name does
-            not tell how new it is.
+        folder, work_dir: Of :func:`resumable`.
 
     Raises:
         CheckpointFileError: There are some, and none can be read.
@@ -58,7 +83,7 @@ def newest_valid(folder: str | os.PathLike, pointed: str | None = None) -> Path 
     answer: list = [None, None]
     if is_main_process():
         try:
-            answer[0] = _newest_valid(folder, pointed)
+            answer[0] = _newest_valid(resumable(folder, work_dir), folder)
         except CheckpointError as error:
             answer[1] = str(error)
     broadcast_object_list(answer)
@@ -68,8 +93,7 @@ def newest_valid(folder: str | os.PathLike, pointed: str | None = None) -> Path 
     return path
 
 
-def _newest_valid(folder: str | os.PathLike, pointed: str | None) -> Path | None:
-    found = _with_pointed(folder, pointed)
+def _newest_valid(found: list[Path], folder: str | os.PathLike) -> Path | None:
     problems = []
     for path in found:
         try:
@@ -88,32 +112,18 @@ def _newest_valid(folder: str | os.PathLike, pointed: str | None) -> Path | None
     return None
 
 
-def pointed_at(work_dir: str | os.PathLike) -> str | None:
-    """The checkpoint that the pointer of a work folder names, for those that lie
-    elsewhere or have other names."""
-    pointer = Path(work_dir, POINTER)
-    name = pointer.read_text().strip() if pointer.is_file() else ''
-    return os.path.join(work_dir, name) if name and '://' not in name else name or None
-
-
-def _with_pointed(folder: str | os.PathLike, pointed: str | None) -> list[Path]:
-    found = checkpoints(folder)
-    path = Path(pointed or '')
-    if pointed and path.is_file() and progress(path) is None:
-        found.insert(0, path)  # of a file name template of the user's own
-    return found
-
-
-def check_unused(folder: str | os.PathLike, pointed: str | None = None) -> None:
+def check_unused(
+    folder: str | os.PathLike, work_dir: str | os.PathLike | None = None
+) -> None:
     """Before a run that starts from the beginning.
 
     Args:
-        folder, pointed: Of :func:`newest_valid`.
+        folder, work_dir: Of :func:`resumable`.
 
     Raises:
         ConfigError: The folder holds checkpoints.
     """
-    found = _with_pointed(folder, pointed)
+    found = resumable(folder, work_dir)
     if found:
         raise ConfigError(
             f'{folder} holds checkpoints of a run, the last is {found[0].name}: go on '
@@ -141,26 +151,50 @@ def check_newest(path: str | os.PathLike, folder: str | os.PathLike) -> None:
         )
 
 
-def clear(folder: str | os.PathLike, keep: Path | None = None) -> None:
+def clear(
+    folder: str | os.PathLike,
+    work_dir: str | os.PathLike | None = None,
+    keep: Path | None = None,
+    needed: str | None = None,
+) -> None:
     """Deletes what a run left that another one would take for its own.
 
     Args:
-        folder: The work folder.
+        folder, work_dir: Of :func:`resumable`.
         keep: A checkpoint; it and what is older stays.
+        needed: What the run is to start from.
+
+    Raises:
+        ConfigError: It would be deleted.
     """
     folder = Path(folder)
     done = (
         progress(keep) if keep and keep.parent.resolve() == folder.resolve() else None
     )
-    old = [p for p in checkpoints(folder) if not done or (progress(p) or done) > done]
+    old = [
+        path
+        for path in resumable(folder, work_dir)
+        if not done or (progress(path) or done) > done
+    ]
     if not done:
         old += folder.glob('best_*.pth')
-    if keep:
-        old = [path for path in old if path.resolve() != keep.resolve()]
-    for path in [*old, folder / POINTER, folder / VALIDATED]:
+    old = [path for path in old if not keep or path.resolve() != keep.resolve()]
+    if needed and Path(needed).resolve() in [path.resolve() for path in old]:
+        raise ConfigError(
+            f'load_from={needed} is in the folder whose checkpoints --overwrite '
+            'deletes: move it elsewhere, or take another --work-dir'
+        )
+    for path in old:
         path.unlink(missing_ok=True)
+    forget(work_dir or folder)
     if old:
         print_log(f'Deleted {len(old)} checkpoints in {folder}.', 'current')
+
+
+def forget(work_dir: str | os.PathLike) -> None:
+    """Deletes what speaks of checkpoints that are gone."""
+    for name in (POINTER, VALIDATED):
+        Path(work_dir, name).unlink(missing_ok=True)
 
 
 def check_writable(folder: str | os.PathLike[str]) -> None:

@@ -89,6 +89,30 @@ def test_validation_is_made_once(
     assert made == expected
 
 
+def test_what_a_schedule_learned_from_validation_comes_again(tmp_path):
+    """The checkpoint after step 8 is from before the validation after step 8."""
+
+    def start(folder, fault=None, **settings):
+        plateau = dict(
+            type='ReduceOnPlateauLR', monitor='score', rule='greater', patience=0
+        )
+        scores = {4: 0.5, 8: 0.4, 11: 0.3}
+        return make(folder, fault, param_scheduler=plateau, scores=scores, **settings)
+
+    straight = start(tmp_path / 'straight')
+    straight.train()
+    assert straight.optim_wrapper.get_lr()['lr'][0] < 0.01
+    stopped = start(tmp_path / 'stopped', Fault(9, kill))
+    with pytest.raises(Killed):
+        stopped.train()
+    assert (tmp_path / 'stopped' / VALIDATED).read_text() == '8'
+    fault = Fault()
+    resumed = start(tmp_path / 'stopped', fault, resume=True)
+    resumed.train()
+    assert fault.first == 8
+    assert same(weights(resumed), weights(straight))
+
+
 def test_data_without_a_batch_is_refused(tmp_path):
     runner = make(tmp_path, batch_size=100, finite=True, loader=dict(drop_last=True))
     with pytest.raises(ConfigError, match='gives no batch.*100 images'):

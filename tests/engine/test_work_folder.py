@@ -4,12 +4,14 @@ import multiprocessing
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 
 import pytest
 import torch
+from mmengine.hooks import Hook
 
 from convnext_mm.checkpoint import (
     CheckpointFileError,
@@ -18,7 +20,7 @@ from convnext_mm.checkpoint import (
 )
 from convnext_mm.checkpoint.errors import CheckpointWriteError
 from convnext_mm.checkpoint.write import BackgroundWriter, write_checkpoint
-from convnext_mm.engine import supervision
+from convnext_mm.engine import network, supervision
 from convnext_mm.engine.errors import ConfigError
 from convnext_mm.engine.hooks import checkpoint_hook
 from convnext_mm.engine.work_folder import (
@@ -72,16 +74,23 @@ def test_names_of_the_users_own(tmp_path):
     """Only the pointer tells which of them is the newest."""
     touch(tmp_path, 'ckpt_8.pth', 'ckpt_12.pth', 'autosave_iter_7.pth')
     pointed = str(tmp_path / 'ckpt_12.pth')
-    assert newest_valid(tmp_path, pointed).name == 'ckpt_12.pth'
+    (tmp_path / 'last_checkpoint').write_text(pointed)
+    assert newest_valid(tmp_path).name == 'ckpt_12.pth'
     with pytest.raises(ConfigError, match='ckpt_12.pth'):
-        check_unused(tmp_path, pointed)
+        check_unused(tmp_path)
     os.truncate(pointed, 100)
-    assert newest_valid(tmp_path, pointed).name == 'autosave_iter_7.pth'
+    assert newest_valid(tmp_path).name == 'autosave_iter_7.pth'
     os.unlink(pointed)
-    assert newest_valid(tmp_path, pointed).name == 'autosave_iter_7.pth'
+    assert newest_valid(tmp_path).name == 'autosave_iter_7.pth'
     touch(tmp_path, 'iter_9.pth')
-    pointed = str(tmp_path / 'autosave_iter_7.pth')  # behind the last
-    assert newest_valid(tmp_path, pointed).name == 'iter_9.pth'
+    (tmp_path / 'last_checkpoint').write_text('autosave_iter_7.pth')  # behind the last
+    assert newest_valid(tmp_path).name == 'iter_9.pth'
+    touch(tmp_path, 'ckpt_12.pth')
+    (tmp_path / 'last_checkpoint').write_text('ckpt_12.pth')
+    with pytest.raises(ConfigError, match='load_from=.*ckpt_12.pth.*move it'):
+        clear(tmp_path, needed=pointed)
+    clear(tmp_path)
+    assert not list(tmp_path.glob('*_1*')) and not list(tmp_path.glob('last_*'))
 
 
 @pytest.mark.parametrize(
@@ -125,6 +134,46 @@ def hold(folder, ready):
     with locked(folder):
         ready.set()
         time.sleep(60)
+
+
+@pytest.mark.parametrize(
+    'message, mendable',
+    [
+        ('Timed out waiting 3000ms for recv operation to complete', True),
+        ('Application timeout caused pair closure', True),
+        ('mat1 and mat2 shapes cannot be multiplied', False),
+    ],
+)
+def test_faults_of_others_are_mendable(message, mendable):
+    assert supervision.is_mendable(RuntimeError(message)) is mendable
+
+
+def test_process_ends_whose_launcher_is_gone(tmp_path):
+    """Also where it went before the process had started."""
+    gone = subprocess.Popen(['true'])
+    gone.wait()
+    (tmp_path / supervision.LAUNCHER).write_text(str(gone.pid))
+    code = (
+        'import time; from convnext_mm.engine import supervision; '
+        'supervision.announce(); time.sleep(60)'
+    )
+    done = subprocess.run(
+        [sys.executable, '-c', code],
+        env={**os.environ, supervision.FOLDER: str(tmp_path), 'PYTHONPATH': str(ROOT)},
+    )
+    assert done.returncode == -signal.SIGTERM
+
+
+def test_address_that_only_this_machine_knows(monkeypatch):
+    assert network.own_address('127.0.0.1') == '127.0.0.1'
+    assert network.interface_of('127.0.0.1') == 'lo'
+    # As many have for their own name in /etc/hosts.
+    assert network.own_address('127.0.1.1') == '127.0.0.1'
+    connect = socket.socket.connect
+    monkeypatch.setattr(
+        socket.socket, 'connect', lambda probe, _: connect(probe, ('127.0.1.1', 9))
+    )
+    assert network.own_address('node0') is None
 
 
 def test_lock(tmp_path):
@@ -219,6 +268,48 @@ def test_full_disk_never_removes_the_last(tmp_path, monkeypatch, quick_retry):
         runner.train()
     assert names(tmp_path) == ['iter_4.pth']
     assert (tmp_path / 'last_checkpoint').read_text() == 'iter_4.pth'
+
+
+def test_full_disk_leaves_the_best_there_was(tmp_path, monkeypatch):
+    from convnext_mm.checkpoint import write
+
+    real = write.write_checkpoint
+
+    def refuse(content, path):
+        if path.name == 'best_score_iter_8.pth':
+            raise CheckpointWriteError(f'{path} could not be written: full')
+        real(content, path)
+
+    monkeypatch.setattr(write, 'write_checkpoint', refuse)
+    found = []
+
+    class Look(Hook):
+        def before_train_iter(self, runner, batch_idx, data_batch=None):
+            best = sorted(path.name for path in tmp_path.glob('best_*'))
+            info = runner.message_hub.runtime_info
+            found.append((best, info.get('best_score')))
+
+    runner = make(
+        tmp_path,
+        checkpoint=dict(save_best='score', rule='greater'),
+        scores={4: 0.2, 8: 0.5, 11: 0.3},
+        hooks=[Look()],
+    )
+    runner.train()
+    assert found[3:5] == [([], None), (['best_score_iter_4.pth'], 0.2)]
+    assert found[8] == (['best_score_iter_4.pth'], 0.2)
+    assert [path.name for path in tmp_path.glob('best_*')] == ['best_score_iter_11.pth']
+
+
+def test_resumed_without_its_best_takes_the_next(tmp_path):
+    settings = dict(checkpoint=dict(save_best='score', rule='greater'))
+    settings['scores'] = {4: 0.5, 8: 0.3, 11: 0.2}
+    stopped = make(tmp_path, Fault(7, kill), **settings)
+    with pytest.raises(Killed):
+        stopped.train()
+    os.unlink(tmp_path / 'best_score_iter_4.pth')
+    make(tmp_path, resume=True, **settings).train()
+    assert [path.name for path in tmp_path.glob('best_*')] == ['best_score_iter_8.pth']
 
 
 def test_autosaves_by_time(tmp_path):

@@ -245,6 +245,13 @@ def signal_to(pid: int, number: int) -> None:
         os.kill(pid, number)
 
 
+def kill_runs_in(folder: Path) -> None:
+    """Nothing of a fault may disturb the next one."""
+    for path in Path('/proc').glob('[0-9]*'):
+        if str(folder).encode() in command_line(int(path.name)).split(b'\0'):
+            signal_to(int(path.name), signal.SIGKILL)
+
+
 def difference(ours: Path, theirs: Path) -> float:
     """The largest, of all weights."""
     a, b = (read_checkpoint(path)['state_dict'] for path in (ours, theirs))
@@ -378,7 +385,7 @@ def kill_at_random(seed: int) -> Callable[[Place, Path, Outcome], None]:
         run.start()
         for _ in range(3):
             done = max(run.steps(), default=0)
-            step = draw.randint(done + 1, min(done + 7, STEPS - 1))
+            step = draw.randint(done + 1, max(done + 1, min(done + 7, STEPS - 1)))
             run.wait_until(lambda step=step: max(run.steps(), default=0) >= step)
             time.sleep(draw.random() * 0.3)  # also in the middle of a save
             run.kill_all()
@@ -856,13 +863,15 @@ def read_only(place: Place, folder: Path, outcome: Outcome) -> None:
 def sigint_twice(place: Place, folder: Path, outcome: Outcome) -> None:
     run = Run(place, folder, 2, {'default_hooks.logger.interval': 1}).start()
     run.wait_for(13)
+    pids = rank_pids(run).values()
     os.kill(run.process.pid, signal.SIGINT)
     time.sleep(0.01)
     os.kill(run.process.pid, signal.SIGINT)
     outcome.status = run.wait(30)
     outcome.saw = run.last_line()
     check(outcome, outcome.status in (130, 75), 'neither at once nor saved')
-    check(outcome, not rank_pids(run), 'processes live on')
+    time.sleep(1)
+    check(outcome, not any(map(command_line, pids)), 'processes live on')
     finish(run, outcome)
 
 
@@ -1169,8 +1178,10 @@ def run_faults(names: list[str], folder: Path) -> list[Outcome]:
         start = time.monotonic()
         try:
             function(place, work, outcome)
-        except AssertionError as error:
-            outcome.problems.append(str(error))
+        except Exception as error:
+            outcome.problems.append(f'{type(error).__name__}: {error}')
+        finally:
+            kill_runs_in(work)
         outcome.seconds = round(time.monotonic() - start, 1)
         outcome.saw = re.sub(r'^\d\d/\d\d [\d:]+ - mmengine - ', '', outcome.saw)
         outcome.saw = outcome.saw.replace(str(folder), '...')
@@ -1187,19 +1198,25 @@ def run_faults(names: list[str], folder: Path) -> list[Outcome]:
 
 def write(outcomes: list[Outcome]) -> None:
     """Raw results, and their table in the page."""
-    content = dict(
+    content: dict[str, Any] = dict(
         command='python tools/maintenance/inject_faults.py --write',
         machine=machine(),
         steps=STEPS,
         faults=[asdict(outcome) for outcome in outcomes],
     )
     path = ROOT / 'benchmarks' / 'faults.json'
+    if path.exists():
+        kept = {
+            entry['name']: entry for entry in json.loads(path.read_text())['faults']
+        }
+        kept.update((entry['name'], entry) for entry in content['faults'])
+        content['faults'] = [kept[name] for name in FAULTS if name in kept]
     path.write_text(json.dumps(content, indent=1) + '\n')
     lines = [
         '| fault | status | steps made again | difference | what the user saw |',
         '| --- | --- | --- | --- | --- |',
     ]
-    for outcome in outcomes:
+    for outcome in (Outcome(**entry) for entry in content['faults']):
         saw = outcome.saw.replace('|', '/')
         cells = (
             outcome.fault + (' **(not as it must be)**' if outcome.problems else ''),
@@ -1219,7 +1236,11 @@ def main() -> None:
     parser.add_argument('names', nargs='*', help='faults to inject (all)')
     parser.add_argument('--list', action='store_true', help='name the faults')
     parser.add_argument('--folder', type=Path, help='for runs (a temporary one)')
-    parser.add_argument('--write', action='store_true', help='write results and page')
+    parser.add_argument(
+        '--write',
+        action='store_true',
+        help='write results and page; faults that are not injected keep theirs',
+    )
     args = parser.parse_args()
     if args.list:
         table = Table('name', 'fault')

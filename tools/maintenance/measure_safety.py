@@ -31,7 +31,7 @@ PARTS = (
     (non_finite_hook, 'gradient_norm', 'norm of the gradients'),
     (NonFiniteHook, 'before_train_iter', 'copy of batch norm statistics'),
     (NonFiniteHook, 'after_train_iter', 'look at losses'),
-    (CheckpointHook, 'after_train_iter', 'agreement, and copies for checkpoints'),
+    (CheckpointHook, 'after_train_iter', 'agreement on checkpoints and signals'),
 )
 
 
@@ -93,21 +93,22 @@ class Clock(Hook):
 
     def __init__(self, every: int) -> None:
         self.every = every
-        self.steps: list[tuple[float, bool]] = []
+        self.start, self.busy = 0.0, False
+        self.steps: list[tuple[float, bool]] = []  # seconds, whether one is written
         self.writes, self.megabytes = 0, 0.0
 
-    def before_train_iter(self, runner: Any, *_: Any, **__: Any) -> None:
-        self.start = time.perf_counter()
-        self.busy = runner.writer.busy
-
     def after_train_iter(self, runner: Any, *_: Any, **__: Any) -> None:
-        seconds = time.perf_counter() - self.start
-        self.steps.append((seconds, self.busy))
+        now = time.perf_counter()
+        if self.start:
+            self.steps.append((now - self.start, self.busy))
+        self.start, self.busy = now, runner.writer.busy
         if runner.iter % self.every == self.every - 1:
             path = Path(runner.work_dir, 'timed.pth')
             if path.exists():
                 self.megabytes = path.stat().st_size / 2**20
+            # In the time of the next step, which also waits for the copy.
             runner.save_checkpoint(runner.work_dir, path.name, by_epoch=False)
+            self.busy = True
             self.writes += 1
 
 

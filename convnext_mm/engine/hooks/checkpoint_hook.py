@@ -1,6 +1,7 @@
 """Saving that no fault of a disk or a machine turns into a loss."""
 
 import contextlib
+import copy
 import os
 import signal
 import time
@@ -8,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from mmengine.dist import get_world_size, is_main_process
+from mmengine.dist import broadcast_object_list, get_world_size, is_main_process
 from mmengine.hooks import CheckpointHook as MMEngineCheckpointHook
 from mmengine.hooks import EMAHook
 
@@ -34,7 +35,6 @@ class _RemovesLater:
 
     def __init__(self, backend: Any) -> None:
         self._backend = backend
-        self._wrote_at = -2  # iteration
         self._doomed: list[tuple[Callable[[str], None], str]] = []
 
     def __getattr__(self, name: str) -> Any:
@@ -46,9 +46,14 @@ class _RemovesLater:
     def rmtree(self, path: str) -> None:
         self._doomed.append((self._backend.rmtree, path))
 
-    def take(self) -> list[tuple[Callable[[str], None], str]]:
-        doomed, self._doomed = self._doomed, []
-        return doomed
+    def take(self, best: bool) -> list[tuple[Callable[[str], None], str]]:
+        taken = [entry for entry in self._doomed if _is_best(entry[1]) is best]
+        self._doomed = [entry for entry in self._doomed if entry not in taken]
+        return taken
+
+
+def _is_best(path: str) -> bool:
+    return os.path.basename(path).startswith('best_')
 
 
 @HOOKS.register_module()
@@ -92,7 +97,6 @@ class CheckpointHook(MMEngineCheckpointHook):
         self._stopping = 0  # the signal
         self.file_backend: Any = None
         self._due: tuple[int, dict[str, int]] | None = None  # step, meta
-        self._attempt: tuple[str, dict[str, int]] | None = None  # file name, meta
         self._wrote_at = -2  # iteration
         self._doomed: list[tuple[Callable[[str], None], str]] = []
         self._failing_since: float | None = None
@@ -171,17 +175,22 @@ class CheckpointHook(MMEngineCheckpointHook):
     def after_train(self, runner: Any) -> None:
         """Waits until everything is written, however long a full disk takes."""
         self._try(runner, runner.writer.wait)
-        while self._failing_since is not None:
+        meta = dict(epoch=runner.epoch, iter=runner.iter)
+        name = self.filename_tmpl.format(meta['epoch' if self.by_epoch else 'iter'])
+        while self._is_failing(runner):
             time.sleep(min(RETRY_SECONDS, self.give_up_seconds))
-            self._retry(runner)
+            self._write(runner, name, meta)
+            self._try(runner, runner.writer.wait)
         self._agreement.finish()
         self.restore_signals()
         super().after_train(runner)
 
-    def _retry(self, runner: Any) -> None:
-        if self._attempt is not None:
-            self._write(runner, *self._attempt)
-            self._try(runner, runner.writer.wait)
+    def _is_failing(self, runner: Any) -> bool:
+        """Whether the last save did; of a sharded model all take part in the next."""
+        failing = [self._failing_since is not None]
+        if runner.saves_together:
+            broadcast_object_list(failing)
+        return failing[0]
 
     def restore_signals(self) -> None:
         """Stops listening."""
@@ -220,9 +229,40 @@ class CheckpointHook(MMEngineCheckpointHook):
         self._write(runner, name, meta)
 
     def _save_best_checkpoint(self, runner: Any, metrics: dict) -> None:
-        self._try(
-            runner,
-            lambda: super(CheckpointHook, self)._save_best_checkpoint(runner, metrics),
+        """MMEngine's, which takes for saved what a disk refused."""
+        if not self.save_best:
+            return
+        self._try(runner, runner.writer.wait)
+        hub = runner.message_hub
+        info = hub.runtime_info
+        known = {name: info[name] for name in info if name.startswith('best_')}
+        attributes = {
+            name: copy.copy(value)
+            for name, value in vars(self).items()
+            if name.startswith('best_ckpt_path')
+        }
+        super()._save_best_checkpoint(runner, metrics)
+        self._try(runner, runner.writer.wait)
+        doomed = self.file_backend.take(best=True)
+        now = {name: info[name] for name in info if name.startswith('best_ckpt')}
+        saved = [
+            all(
+                self.file_backend.isfile(path)
+                for name, path in now.items()
+                if known.get(name) != path
+            )
+        ]
+        broadcast_object_list(saved)  # one process writes
+        if saved[0]:
+            for entry in doomed:
+                self._remove(entry)
+            return
+        for name in [name for name in info if name.startswith('best_')]:
+            hub.pop_info(name)
+        hub.update_info_dict(known)
+        self.__dict__.update(attributes)
+        runner.logger.warning(
+            'The best checkpoint could not be written: the one before stays the best.'
         )
 
     def _autosave(self, runner: Any, epoch: int, done: int) -> None:
@@ -238,12 +278,11 @@ class CheckpointHook(MMEngineCheckpointHook):
 
     def _write(self, runner: Any, name: str, meta: dict[str, int]) -> None:
         """Has a checkpoint written, and what it replaces removed afterwards."""
-        self._attempt = name, meta
         # On all processes, of which one writes.
         self._tried_at = self._saved_at = time.monotonic()
         self._wrote_at = runner.iter
         if not runner.skipped_in_a_row:
-            self._doomed += self.file_backend.take()
+            self._doomed += self.file_backend.take(best=False)
         doomed = list(self._doomed)  # those of saves that failed as well
 
         def then() -> None:
@@ -306,12 +345,6 @@ class CheckpointHook(MMEngineCheckpointHook):
             action()
         except CheckpointWriteError as error:
             now = self._tried_at = time.monotonic()
-            # A best checkpoint stays until a better one is there.
-            self._doomed = [
-                entry
-                for entry in self._doomed
-                if not os.path.basename(entry[1]).startswith('best_')
-            ]
             self._failing_since = self._failing_since or now
             left = self.give_up_seconds - (now - self._failing_since)
             kept = checkpoints(self.out_dir)

@@ -40,7 +40,7 @@ class StallHook(Hook):
         frozen_seconds: A process that says nothing for so long does not answer: it
             was stopped, or its machine is gone.
         stalled_seconds: So long nothing may move, in training or validation; by
-            default as long as processes wait for each other,
+            default 0.9 of the time that processes wait for each other,
             ``env_cfg.dist_cfg.timeout``.
 
     Raises:
@@ -80,7 +80,8 @@ class StallHook(Hook):
             default = (
                 NCCL_SECONDS if dist_cfg.get('backend') == 'nccl' else GLOO_SECONDS
             )
-            self.stalled_seconds = float(dist_cfg.get('timeout') or default)
+            # Before the others give up waiting, without a name.
+            self.stalled_seconds = 0.9 * float(dist_cfg.get('timeout') or default)
         # Threads that share a connection would wait for each other.
         store = torch.distributed.TCPStore(  # type: ignore[attr-defined]
             os.environ['MASTER_ADDR'],
@@ -102,6 +103,10 @@ class StallHook(Hook):
 
     def after_train(self, runner: Any) -> None:
         """Stops watching."""
+        self.stop()
+
+    def stop(self) -> None:
+        """Stops watching, however the run ended."""
         self._ended.set()
         for thread in self._threads:
             # Python aborts the process where it ends while a thread asks the store,
@@ -212,11 +217,13 @@ class StallHook(Hook):
             thread = threading.Thread(target=action, daemon=True)
             thread.start()
             thread.join(BEAT_SECONDS)
-        supervision.report(f'{verdict}; stacks are in {folder}', mendable=True)
-        if self.rank == 0:
-            print(f'error: {verdict}', flush=True)
-            time.sleep(2 * BEAT_SECONDS)  # it may hold what the others ask
-        os._exit(supervision.STALLED)
+        try:
+            supervision.report(f'{verdict}; stacks are in {folder}', mendable=True)
+            if self.rank == 0:
+                print(f'error: {verdict}', flush=True)
+                time.sleep(2 * BEAT_SECONDS)  # it may hold what the others ask
+        finally:
+            os._exit(supervision.STALLED)
 
     def _write_stacks(self, folder: Path, verdict: str) -> None:
         with contextlib.suppress(OSError):
@@ -235,5 +242,8 @@ def _why(state: dict[str, Any]) -> str:
     status = Path(f'/proc/{state["pid"]}/status')
     if state['host'] != socket.gethostname() or not status.exists():
         return ''
-    lines = dict(line.split(':', 1) for line in status.read_text().splitlines())
+    try:
+        lines = dict(line.split(':', 1) for line in status.read_text().splitlines())
+    except OSError:  # it has just ended
+        return ''
     return f', its state is {lines.get("State", "unknown").strip()}'
