@@ -72,7 +72,7 @@ def prepare(
         # Neither validation nor a checkpoint between the steps.
         cfg.train_cfg.val_interval = sys.maxsize
         cfg.setdefault('default_hooks', {})['checkpoint'] = None
-    cfg.overwrite = overwrite
+    cfg.overwrite = overwrite or cfg.get('overwrite', False)
     check_config(cfg, 'train')
     check_sharding(cfg)
     fit_to_device(cfg)

@@ -150,8 +150,16 @@ class BackgroundWriter:
             raise failure
 
     def afterwards(self, action: Callable[[], None]) -> None:
-        """Has the thread do it when everything is written."""
-        self._thread.submit(action)
+        """Has the thread do it when everything is written, and not where that
+        failed."""
+        last = self._last
+
+        def act() -> None:
+            if last is not None:
+                last.result()
+            action()
+
+        self._last = self._thread.submit(act)
 
 
 def _write(content: dict[str, Any], path: Path, then: Callable[[], None]) -> None:

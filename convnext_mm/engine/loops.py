@@ -60,11 +60,8 @@ class _ResumableLoop:
         self.validated = self._iter
         if is_main_process():
             # Behind a checkpoint that has its best score.
-            self.runner.writer.afterwards(partial(self._mark, self._iter))
-
-    def _mark(self, step: int) -> None:
-        with contextlib.suppress(OSError):  # a full disk: it would come again
-            self._marker.write_text(str(step))
+            mark = partial(_mark, self._marker, self._iter)
+            self.runner.writer.afterwards(mark)
 
     def validate_if_cut_off(self, done: int, end: int) -> None:
         """Validates first, where a resumed run was left before or in a validation.
@@ -85,6 +82,11 @@ class _ResumableLoop:
     @property
     def _marker(self) -> Path:
         return Path(self.runner.work_dir, VALIDATED)
+
+
+def _mark(marker: Path, step: int) -> None:
+    with contextlib.suppress(OSError):  # a full disk: the validation would come again
+        marker.write_text(str(step))
 
 
 @LOOPS.register_module()

@@ -102,6 +102,7 @@ def test_what_a_schedule_learned_from_validation_comes_again(tmp_path):
     straight = start(tmp_path / 'straight')
     straight.train()
     assert straight.optim_wrapper.get_lr()['lr'][0] < 0.01
+    assert (tmp_path / 'straight' / VALIDATED).read_text() == '11'
     stopped = start(tmp_path / 'stopped', Fault(9, kill))
     with pytest.raises(Killed):
         stopped.train()
