@@ -34,6 +34,8 @@ JOIN_SECONDS = 1800  # for machines to find each other, again after one was lost
 REJOIN_SECONDS = 300  # for machine 0, which was there, to answer again
 START_SECONDS = 60  # in which a process tells its id
 LOG = 'launcher.log'
+# What a process reports that waited in vain for another one, which the agent kills.
+WAITED = ('does not answer', 'Timed out', 'timeout')
 
 
 @dataclass(frozen=True)
@@ -229,7 +231,7 @@ class Launcher:
     def _explain(self, failure: BaseException) -> tuple[str, bool]:
         """A sentence, and whether a restart can mend it."""
         reports = read_reports(self.folder)
-        stalled = [r for r in reports if 'does not answer' in r['message']]
+        stalled = [r for r in reports if any(s in r['message'] for s in WAITED)]
         final = [r for r in reports if not r['mendable']]
         if final or stalled:
             chosen = (final or stalled)[0]
