@@ -44,8 +44,7 @@ def straight(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('at', [5, 10])
-@pytest.mark.parametrize('how', [kill, terminate])
+@pytest.mark.parametrize('how, at', [(terminate, 5), (kill, 10)])
 @pytest.mark.parametrize('case', CASES)
 def test_resumed_is_undisturbed(case, how, at, straight, tmp_path):
     stopped = make(tmp_path, Fault(at, how), **CASES[case])
