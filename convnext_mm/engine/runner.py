@@ -355,6 +355,11 @@ class Runner(ShardableRunner):
                 f'it was saved after {unit} {getattr(self, unit)}, and this '
                 f'run ends at {end}: raise train_cfg.max_{unit}s'
             )
+        if getattr(self, unit) == end:
+            self.logger.warning(
+                f'The run that is resumed was over, after {unit} {end}: nothing is '
+                f'left to train, unless train_cfg.max_{unit}s is raised.'
+            )
         if hasattr(loop, 'position'):
             self._go_to_position(loop, fresh)
         for hook in self.hooks:

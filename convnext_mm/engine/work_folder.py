@@ -188,7 +188,8 @@ def clear(
         path.unlink(missing_ok=True)
     forget(work_dir or folder)
     if old:
-        print_log(f'Deleted {len(old)} checkpoints in {folder}.', 'current')
+        names = ', '.join(path.name for path in old)
+        print_log(f'Deleted in {folder}: {names}.', 'current')
 
 
 def forget(work_dir: str | os.PathLike) -> None:

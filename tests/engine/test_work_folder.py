@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -310,6 +311,14 @@ def test_resumed_without_its_best_takes_the_next(tmp_path):
     os.unlink(tmp_path / 'best_score_iter_4.pth')
     make(tmp_path, resume=True, **settings).train()
     assert [path.name for path in tmp_path.glob('best_*')] == ['best_score_iter_8.pth']
+
+
+def test_resumed_when_it_was_over(tmp_path):
+    make(tmp_path).train()
+    runner = make(tmp_path, resume=True)
+    runner.train()
+    (log,) = Path(runner.log_dir).glob('*.log')
+    assert 'nothing is left to train' in log.read_text()
 
 
 def test_autosaves_by_time(tmp_path):
