@@ -121,12 +121,13 @@ def test_padding_by_a_data_preprocessor():
     model = MODELS.build(config)
     model.init_weights()
     generator = torch.Generator().manual_seed(0)
-    image = torch.randint(256, (3, 64, 160), dtype=torch.uint8, generator=generator)
+    images = torch.randint(256, (2, 3, 64, 160), dtype=torch.uint8, generator=generator)
     norms = []
     for width in (160, 48):
-        labels = torch.ones(1, 64, 160).long(), torch.zeros(1, 64, width).long()
+        # The same for both: gradients of opposite ones would cancel.
+        labels = [torch.ones(1, 64, w, dtype=torch.long) for w in (160, width)]
         data = dict(
-            inputs=[image, image[..., :width]],
+            inputs=[images[0], images[1, :, :, :width]],
             data_samples=[
                 SegDataSample(gt_sem_seg=PixelData(data=label)) for label in labels
             ],
