@@ -117,13 +117,12 @@ class BackgroundWriter:
     def write(
         self, content: dict[str, Any], path: Path, then: Callable[[], None]
     ) -> None:
-        """Starts to write a copy of what may change; waits for the one before.
+        """Starts to write a copy of what may change; waits for the one before, whose
+        failure :meth:`check` and :meth:`wait` raise.
 
         Args:
             content, path: Of :func:`write_checkpoint`.
             then: Called when the file is in its place.
-
-        What went wrong with the one before, :meth:`check` and :meth:`wait` raise.
         """
         try:
             self.wait()

@@ -509,8 +509,7 @@ class Runner(ShardableRunner):
             then: Called when the file is in its place.
 
         Raises:
-            CheckpointWriteError: It could not be written; a thread's failures are
-                raised by ``writer``.
+            CheckpointWriteError: By ``writer``, later: it could not be written.
         """
         content = self.training_state(save_optimizer, save_param_scheduler)
         content['meta'] = {

@@ -791,12 +791,18 @@ def small_disk(folder: Path, megabytes: int) -> Iterator[None]:
         subprocess.run(['umount', '-l', str(folder)], check=True)
 
 
+def with_a_checkpoint(place: Place, folder: Path, options: dict | None = None) -> Run:
+    """A run that has saved after step 8."""
+    run = Run(place, folder, 1, options).start()
+    run.wait_for(9)
+    run.wait_until((folder / 'iter_8.pth').exists)
+    return run
+
+
 @fault('disk-full', 'a disk that is full at step 16, with room again at the end')
 def disk_full(place: Place, folder: Path, outcome: Outcome) -> None:
     with small_disk(folder, 120):
-        run = Run(place, folder).start()
-        run.wait_for(9)
-        run.wait_until((folder / 'iter_8.pth').exists)
+        run = with_a_checkpoint(place, folder)
         filler = folder / 'filler'
         free = shutil.disk_usage(folder).free
         filler.write_bytes(b'0' * (free - 2**20))
@@ -816,9 +822,7 @@ def disk_full(place: Place, folder: Path, outcome: Outcome) -> None:
 @fault('disk-without-a-byte', 'a disk without a byte from step 9 on, room at the end')
 def disk_without_a_byte(place: Place, folder: Path, outcome: Outcome) -> None:
     with small_disk(folder, 120):
-        run = Run(place, folder).start()
-        run.wait_for(9)
-        run.wait_until((folder / 'iter_8.pth').exists)
+        run = with_a_checkpoint(place, folder)
         filler = folder / 'filler'
         with suppress(OSError), open(filler, 'wb', buffering=0) as file:
             while True:
@@ -839,9 +843,7 @@ def disk_without_a_byte(place: Place, folder: Path, outcome: Outcome) -> None:
 def disk_stays_full(place: Place, folder: Path, outcome: Outcome) -> None:
     with small_disk(folder, 120):
         options = {'default_hooks.checkpoint.give_up_minutes': 0.05}
-        run = Run(place, folder, 1, options).start()
-        run.wait_for(9)
-        run.wait_until((folder / 'iter_8.pth').exists)
+        run = with_a_checkpoint(place, folder, options)
         filler = folder / 'filler'
         filler.write_bytes(b'0' * (shutil.disk_usage(folder).free - 2**20))
         outcome.status = run.wait()
