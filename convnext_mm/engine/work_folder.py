@@ -174,7 +174,9 @@ def clear(
     old = [
         path
         for path in resumable(folder, work_dir)
-        if not done or (progress(path) or done) > done
+        # A copied folder's pointer may name a file of the run that it was copied from.
+        if path.parent.resolve() == folder.resolve()
+        and (not done or (progress(path) or done) > done)
     ]
     if not done:
         old += folder.glob('best_*.pth')

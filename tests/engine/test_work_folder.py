@@ -90,6 +90,11 @@ def test_names_of_the_users_own(tmp_path):
     (tmp_path / 'last_checkpoint').write_text('ckpt_12.pth')
     with pytest.raises(ConfigError, match='load_from=.*ckpt_12.pth.*move it'):
         clear(tmp_path, needed=pointed)
+    copied = tmp_path / 'copied'
+    copied.mkdir()
+    (copied / 'last_checkpoint').write_text(pointed)
+    clear(copied)
+    assert os.path.exists(pointed) and not list(copied.iterdir())
     clear(tmp_path)
     assert not list(tmp_path.glob('*_1*')) and not list(tmp_path.glob('last_*'))
 

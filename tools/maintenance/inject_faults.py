@@ -321,6 +321,16 @@ WAYS: dict[str, tuple[int, dict[str, Any]]] = {
 SIGNALS = ('SIGTERM', 'SIGINT', 'SIGUSR1')
 
 
+def stopped_and_resumed(run: Run, outcome: Outcome, words: str) -> None:
+    """It must end as one that a scheduler puts back, and lose no step."""
+    outcome.status = run.wait()
+    outcome.saw = run.last_line()
+    check(outcome, outcome.status == 75, 'not the status to requeue')
+    check(outcome, words in outcome.saw, f'{words!r} is not said')
+    finish(run, outcome)
+    check(outcome, outcome.steps_lost == 0, 'steps were lost')
+
+
 def interrupt(way: str, name: str, step: int) -> Callable[[Place, Path, Outcome], None]:
     processes, options = WAYS[way]
 
@@ -328,12 +338,7 @@ def interrupt(way: str, name: str, step: int) -> Callable[[Place, Path, Outcome]
         run = Run(place, folder, processes, options).start()
         run.wait_for(step)
         os.kill(run.process.pid, getattr(signal, name))
-        outcome.status = run.wait()
-        outcome.saw = run.last_line()
-        check(outcome, outcome.status == 75, 'not the status to requeue')
-        check(outcome, 'go on with --resume' in outcome.saw, 'no advice')
-        finish(run, outcome)
-        check(outcome, outcome.steps_lost == 0, 'steps were lost')
+        stopped_and_resumed(run, outcome, 'go on with --resume')
 
     return inject
 
@@ -978,12 +983,7 @@ def interrupt_validation(processes: int) -> Callable[[Place, Path, Outcome], Non
         target = 'os.getpid()' if processes == 1 else 'os.getppid()'
         with_hook(run, 'before_val_iter', 0, f'os.kill({target}, signal.SIGTERM)')
         run.start()
-        outcome.status = run.wait()
-        outcome.saw = run.last_line()
-        check(outcome, outcome.status == 75, 'not the status to requeue')
-        check(outcome, 'iter_12.pth is saved' in outcome.saw, 'not said')
-        finish(run, outcome)
-        check(outcome, outcome.steps_lost == 0, 'steps were lost')
+        stopped_and_resumed(run, outcome, 'iter_12.pth is saved')
         # After steps 12 and 24.
         whole = run.output().count('mIoU: ')
         check(outcome, whole == 2, f'{whole} validations instead of 2')
