@@ -1,28 +1,10 @@
 """ConvNeXt backbones for OpenMMLab detection and segmentation."""
 
-try:
-    import mmengine.runner  # noqa: F401
-except ModuleNotFoundError as error:
-    # MMEngine imports OpenCV, which comes in several packages that overwrite each
-    # other, and requires none.
-    advice = {
-        'mmengine': 'it comes as onedl-mmengine (maintained) or mmengine: install one, '
-        'for example with `pip install onedl-mmengine`',
-        'cv2': 'MMEngine needs OpenCV: `pip install opencv-python-headless`',
-    }
-    if error.name not in advice:
-        raise
-    raise ModuleNotFoundError(
-        f'convnext_mm needs {error.name}: {advice[error.name]}', name=error.name
-    ) from error
+import multiprocessing
+import sys
+from pathlib import PurePath
+from typing import TYPE_CHECKING, Any
 
-from . import compat  # noqa: F401
-from .checkpoint import CheckpointError, convert_state_dict, load_checkpoint
-from .checkpoint.gate import install as _install_gate
-from .engine import hooks as _hooks  # noqa: F401, registers them
-from .engine.optimizers import AmpOptimWrapper, LayerDecayOptimWrapperConstructor
-from .engine.sharding import FullyShard
-from .models import ConvNeXt, ReleasedClassifierInit
 from .version import __version__
 
 __all__ = [
@@ -34,7 +16,38 @@ __all__ = [
     'ReleasedClassifierInit',
     '__version__',
     'convert_state_dict',
+    'infer',
     'load_checkpoint',
 ]
 
-_install_gate()
+
+def _starts_a_command() -> bool:
+    """Whether Python is about to run a program of this package. ``-m`` is what it
+    has for the program's name while it still looks for the module."""
+    program = PurePath((getattr(sys, 'argv', None) or [''])[0]).name
+    # Processes that a command starts have its name and are none.
+    is_child = multiprocessing.parent_process() is not None
+    return program in ('-m', 'convnext-mm') and not is_child
+
+
+if TYPE_CHECKING or not _starts_a_command():
+    from .public import (
+        AmpOptimWrapper,
+        CheckpointError,
+        ConvNeXt,
+        FullyShard,
+        LayerDecayOptimWrapperConstructor,
+        ReleasedClassifierInit,
+        convert_state_dict,
+        infer,
+        load_checkpoint,
+    )
+else:
+    # A command imports this when it needs it: its help, its completion and what
+    # it says about a broken environment do not wait for PyTorch.
+    def __getattr__(name: str) -> Any:
+        if name not in __all__:
+            raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+        from . import public
+
+        return getattr(public, name)

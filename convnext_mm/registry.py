@@ -17,6 +17,7 @@ from mmengine.registry import (
     OPTIM_WRAPPER_CONSTRUCTORS as ROOT_OPTIM_WRAPPER_CONSTRUCTORS,
 )
 from mmengine.registry import OPTIM_WRAPPERS as ROOT_OPTIM_WRAPPERS
+from mmengine.registry import VISBACKENDS as ROOT_VISBACKENDS
 from mmengine.registry import WEIGHT_INITIALIZERS as ROOT_WEIGHT_INITIALIZERS
 from mmengine.registry import Registry
 
@@ -39,6 +40,9 @@ OPTIM_WRAPPER_CONSTRUCTORS = Registry(
     parent=ROOT_OPTIM_WRAPPER_CONSTRUCTORS,
     scope=SCOPE,
     locations=['convnext_mm'],
+)
+VISBACKENDS = Registry(
+    'vis_backend', parent=ROOT_VISBACKENDS, scope=SCOPE, locations=['convnext_mm']
 )
 WEIGHT_INITIALIZERS = Registry(
     'weight initializer',

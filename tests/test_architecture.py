@@ -13,7 +13,10 @@ PACKAGE = ROOT / 'convnext_mm'
 # From the top; rooms of one floor know nothing of each other. Each floor may
 # import from those below it. docs/architecture.md draws it.
 LADDER = (
+    ('__main__',),
+    ('cli',),
     ('__init__',),
+    ('public',),
     ('apis',),
     ('engine',),
     ('models',),

@@ -1,19 +1,15 @@
-"""What commands share: arguments, the config they name, and errors as one
-sentence."""
+"""What commands share: the config they name, and errors as one sentence."""
 
-import argparse
 import contextlib
-import difflib
 import logging
 import os
 import os.path as osp
 import sys
 import traceback
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-from mmengine.config import Config, DictAction
+from mmengine.config import Config
 from mmengine.logging import MMLogger
 
 from convnext_mm.checkpoint import CheckpointError
@@ -24,48 +20,9 @@ from convnext_mm.engine import supervision
 from convnext_mm.engine.agreement import Interrupted
 from convnext_mm.engine.errors import ConfigError, TrainingError
 
-LAUNCHERS = ('none', 'pytorch', 'slurm', 'mpi')
+from .zoo import find_config
+
 NEED_OPERATORS = ('mmdet', 'mmseg')  # scopes of configs
-
-
-def add_common_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments that training and testing share."""
-    parser.add_argument(
-        '--work-dir',
-        help='folder for logs, checkpoints and '
-        'metrics (default: work_dirs/CONFIG_NAME)',
-    )
-    parser.add_argument(
-        '--cfg-options',
-        nargs='+',
-        action=DictAction,
-        metavar='KEY=VALUE',
-        help='settings to override, such as train_dataloader.batch_size=4 or '
-        'key="[(1,2),(3,4)]" (no spaces inside the value)',
-    )
-    parser.add_argument(
-        '--data-root',
-        metavar='DIR',
-        help="where the data is, instead of the config's data_root",
-    )
-    parser.add_argument(
-        '--launcher', choices=LAUNCHERS, default='none', help='job launcher'
-    )
-    # torchrun sets LOCAL_RANK itself; the older launcher passes an argument.
-    parser.add_argument(
-        '--local_rank',
-        '--local-rank',
-        action=_SetLocalRank,
-        type=int,
-        default=argparse.SUPPRESS,
-        help=argparse.SUPPRESS,
-    )
-
-
-class _SetLocalRank(argparse.Action):
-    def __call__(self, *args: Any) -> None:
-        _, _, value, _ = args
-        os.environ.setdefault('LOCAL_RANK', str(value))
 
 
 def load_config(
@@ -78,34 +35,20 @@ def load_config(
     """A config with overrides and the work folder set.
 
     Args:
-        config: Path of the config.
+        config: Path of the config, or name of a recipe.
         work_dir: Folder for logs, checkpoints and metrics; by default the
             config's, or ``work_dirs/CONFIG_NAME``.
         cfg_options: Settings to override, dotted names to values.
         data_root: Where the data is, instead of the config's ``data_root``.
-        launcher: One of :data:`LAUNCHERS`.
+        launcher: Job launcher: none, pytorch, slurm or mpi.
 
     Raises:
-        ConfigError: There is no such config file (close ones are named),
+        ConfigError: There is no such config (close names are given),
             ``data_root`` is given and the config has none, or the config is for a
             library that needs mmcv's operators, and those do not import.
     """
-    path = Path(config)
-    if not path.is_file():
-        known = {
-            p.name: p for p in Path('configs').rglob('*.py') if '_base_' not in p.parts
-        }
-        close = difflib.get_close_matches(path.name, known, n=3, cutoff=0.5)
-        raise ConfigError(
-            f'config {config!r} does not exist'
-            + (
-                ': did you mean ' + ' or '.join(str(known[c]) for c in close) + '?'
-                if close
-                else '; give the path of a config, those of this '
-                'project are below configs/'
-            )
-        )
-    cfg = Config.fromfile(config)
+    path = find_config(config)
+    cfg = Config.fromfile(path)
     if cfg.get('default_scope') in NEED_OPERATORS:
         check_operators()
     cfg.launcher = launcher

@@ -3,7 +3,10 @@
 from typing import Any
 
 from mmengine.config import Config
+from mmengine.dist import is_main_process
 from mmengine.runner import Runner
+from rich.console import Console
+from rich.table import Table
 
 from convnext_mm.checkpoint import check_source
 from convnext_mm.datasets.data_paths import check_data
@@ -13,11 +16,23 @@ from convnext_mm.models import ConvNeXt
 
 from .config import load_config
 from .config_check import check_config, check_paths
+from .zoo import Model, find, resolve
+
+# Of the metafiles, to those of the evaluators: name, what makes it percent, and
+# whether it is over scales and flips.
+OF_EVALUATORS = {
+    'box AP': ('coco/bbox_mAP', 100, False),
+    'mask AP': ('coco/segm_mAP', 100, False),
+    'mIoU': ('mIoU', 1, False),
+    'mIoU(ms)': ('mIoU', 1, True),
+    'mIoU(ms+flip)': ('mIoU', 1, True),
+    'Top 1 Accuracy': ('accuracy/top1', 1, False),
+}
 
 
 def prepare(
-    config: str,
-    checkpoint: str,
+    model: str,
+    checkpoint: str | None = None,
     tta: bool = False,
     show: bool = False,
     show_dir: str | None = None,
@@ -27,8 +42,7 @@ def prepare(
     """The config to test, checked and fitted to the machine.
 
     Args:
-        config: Path of the config.
-        checkpoint: Path or address.
+        model, checkpoint: Of :func:`convnext_mm.apis.zoo.resolve`.
         tta: Average over scales and flips, as ``tta_model`` and
             ``tta_pipeline`` of the config say.
         show: Show predictions in a window.
@@ -40,7 +54,8 @@ def prepare(
         ConfigError, CheckpointError, DataError: A path or setting is wrong;
             says which and what to do.
     """
-    check_paths(config, checkpoint)
+    check_paths(model, checkpoint)
+    config, checkpoint, _ = resolve(model, checkpoint)
     cfg = load_config(config, **options)
     check_source(checkpoint)
     cfg.load_from = checkpoint
@@ -55,20 +70,23 @@ def prepare(
 
 
 def test(
-    config: str,
-    checkpoint: str,
+    model: str,
+    checkpoint: str | None = None,
     out: str | None = None,
     deploy: bool = False,
     **options: Any,
-) -> None:
-    """Evaluates and logs the metrics.
+) -> dict[str, float]:
+    """Evaluates, and logs the metrics; those of a trained model of the zoo are
+    printed beside what is published.
 
     Args:
-        config: Path of the config.
-        checkpoint: Path or address.
+        model, checkpoint: Of :func:`convnext_mm.apis.zoo.resolve`.
         out: Write the predictions here, as a pickle.
         deploy: Fold and pack the backbone for inference first.
         **options: Of :func:`prepare`.
+
+    Returns:
+        Metrics by the names that the evaluator gives them.
 
     Raises:
         ConfigError: A path or setting is wrong, ``out`` has another ending
@@ -78,7 +96,7 @@ def test(
     """
     if out and not out.endswith(('.pkl', '.pickle')):
         raise ConfigError(f'--out must end in .pkl or .pickle, got {out}')
-    cfg = prepare(config, checkpoint, **options)
+    cfg = prepare(model, checkpoint, **options)
     with running(cfg) as runner:
         if out:
             if cfg.get('default_scope') == 'mmdet':  # keeps masks compressed
@@ -88,7 +106,31 @@ def test(
             runner.test_evaluator.metrics.append(DumpResults(out))
         if deploy:
             switch_to_deploy(runner)
-        runner.test()
+        metrics = runner.test()
+    known = None if checkpoint else find(model)
+    if known is not None and is_main_process():
+        compare(metrics, known, bool(options.get('tta')))
+    return metrics
+
+
+def compare(metrics: dict[str, float], model: Model, tta: bool = False) -> None:
+    """Prints measured figures beside published ones, in percent.
+
+    Args:
+        metrics: Of the evaluator.
+        model: Whose they are.
+        tta: They are over scales and flips.
+    """
+    table = Table(title=f'{model.shortest} on {model.metadata["Training Data"]}')
+    for column in ('metric', 'measured', 'published', 'difference'):
+        table.add_column(column, justify='left' if column == 'metric' else 'right')
+    for name, published in model.metrics.items():
+        key, unit, is_tta = OF_EVALUATORS.get(name.partition(' (')[0], ('', 1, tta))
+        if key in metrics and is_tta == tta:
+            measured = unit * metrics[key]
+            difference = f'{measured - published:+.2f}'
+            table.add_row(name, f'{measured:.2f}', f'{published:.2f}', difference)
+    Console().print(table)
 
 
 def draw_predictions(

@@ -2,6 +2,7 @@
 
 import contextlib
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from mmengine.config import Config
@@ -15,6 +16,7 @@ from convnext_mm.engine.sharding import check_sharding
 
 from .config import load_config
 from .config_check import check_config, check_paths
+from .loggers import add_loggers
 
 
 def prepare(
@@ -24,12 +26,13 @@ def prepare(
     resume: str | None = None,
     profile: int | None = None,
     overwrite: bool = False,
+    loggers: Sequence[str] = (),
     **options: Any,
 ) -> Config:
     """The config to train, checked and fitted to the machine.
 
     Args:
-        config: Path of the config.
+        config: Path of the config, or name of a recipe.
         amp: Train in mixed precision, as
             :class:`convnext_mm.AmpOptimWrapper` picks it.
         auto_scale_lr: Scale the learning rate by batch size over the config's
@@ -39,6 +42,7 @@ def prepare(
         profile: Profile so many steps, then stop.
         overwrite: Delete the checkpoints of another run in the work folder; with
             ``resume``, the newer ones.
+        loggers: Also log there, see :func:`.loggers.add_loggers`.
         **options: Of :func:`convnext_mm.apis.config.load_config`.
 
     Raises:
@@ -72,6 +76,7 @@ def prepare(
         # Neither validation nor a checkpoint between the steps.
         cfg.train_cfg.val_interval = sys.maxsize
         cfg.setdefault('default_hooks', {})['checkpoint'] = None
+    add_loggers(cfg, loggers)
     cfg.overwrite = overwrite or cfg.get('overwrite', False)
     check_config(cfg, 'train')
     check_sharding(cfg)
@@ -84,7 +89,7 @@ def train(config: str, **options: Any) -> None:
     """Trains, or profiles.
 
     Args:
-        config: Path of the config.
+        config: Path of the config, or name of a recipe.
         **options: Of :func:`prepare`.
 
     Raises:

@@ -134,7 +134,13 @@ def _because(error: Exception) -> str:
     return f'{type(error).__name__}: {shown(text, 300)}'
 
 
-def _fetch_url(url: str) -> Path:
+def cache_path(url: str) -> Path:
+    """Where the file of an ``https://`` address lies once it is fetched. One that
+    was fetched elsewhere may be put there.
+
+    Raises:
+        CheckpointDownloadError: It is no address, or not a protected one.
+    """
     _check_protected(url)
     try:
         name = unquote(urlsplit(url).path).rsplit('/', 1)[-1] or 'checkpoint'
@@ -146,8 +152,12 @@ def _fetch_url(url: str) -> Path:
     name = re.sub(r'[^\w.+-]|^\.+', '_', name, flags=re.ASCII)[-150:]
     # Many files are called model.pth, so each address has its own folder.
     digest = hashlib.sha256(url.encode()).hexdigest()
-    folder = cache_dir() / digest[:16]
-    path = folder / name
+    return cache_dir() / digest[:16] / name
+
+
+def _fetch_url(url: str) -> Path:
+    path = cache_path(url)
+    folder, name = path.parent, path.name
     try:
         if path.exists() and not _hash_fault(path, name):
             return path
@@ -214,7 +224,13 @@ class _ProtectedRedirects(HTTPRedirectHandler):
     http_error_308 = HTTPRedirectHandler.http_error_302
 
 
-def _open(url: str, **headers: str) -> HTTPResponse:
+def open_url(url: str, **headers: str) -> HTTPResponse:
+    """The server's answer to a request for a protected address.
+
+    Raises:
+        CheckpointDownloadError: It does not give the file.
+    """
+    _check_protected(url)
     headers.update({'Accept-Encoding': 'identity', 'User-Agent': 'convnext_mm'})
     try:
         return build_opener(_ProtectedRedirects).open(
@@ -240,7 +256,7 @@ def _version(answer: HTTPResponse) -> str | None:
 
 def _download(url: str, path: Path) -> None:
     """Transfers, checks, and only then gives the file its name."""
-    answer = _open(url)
+    answer = open_url(url)
     version = _version(answer)
     # The version is in the name: parts of two versions are never joined.
     partial = path.with_name(f'{path.name}.{version}.incomplete')
@@ -272,7 +288,7 @@ def _rest(url: str, whole: HTTPResponse, start: int) -> HTTPResponse | None:
         return None
     # GET, as some servers and signed addresses allow nothing else; without
     # If-Range, whose answer need not say which version it is.
-    rest = _open(url, Range=f'bytes={start}-')
+    rest = open_url(url, Range=f'bytes={start}-')
     fits = (_version(rest), rest.headers.get('Content-Range')) == (
         _version(whole),
         f'bytes {start}-{size - 1}/{size}',

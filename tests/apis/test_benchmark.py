@@ -10,7 +10,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import benchmark
 import make_benchmark_tables
-import plot_benchmark
 from convnext_mm import ConvNeXt
 from convnext_mm.analysis.floor import Rates, backbone_cost
 from convnext_mm.analysis.meter import Meter, Step
@@ -71,7 +70,7 @@ def test_results_and_plot(tmp_path):
     result = run(
         path, '--batch', '1', '--networks', 'paper', 'eager', 'lean', 'lean+deploy'
     )
-    assert result['command'].startswith('python tools/benchmark.py --arch')
+    assert result['command'].startswith('convnext-mm bench --arch')
     assert result['machine']['threads'] == 1
     assert torch.__version__.startswith(result['versions']['torch'])
     assert {c['parameters'] for c in result['costs'].values()} == {num_parameters()}
@@ -103,7 +102,7 @@ def test_results_and_plot(tmp_path):
             row['floor_ms'] / row['median_ms']
         )
     assert result['skipped'] == {}
-    plot_benchmark.main([str(path), '--out', str(tmp_path / 'plot.png')])
+    benchmark.main(['--plot', str(path), '--out', str(tmp_path / 'plot.png')])
     assert (tmp_path / 'plot.png').stat().st_size > 10_000
 
 
@@ -322,7 +321,7 @@ def test_whole_models(task, tmp_path, small_heads):
     assert cost['parameters'] > num_parameters()
     assert cost['matrix_flops'] > backbone.matrix_flops
     assert cost['least_bytes'] == backbone.least_bytes
-    plot_benchmark.main([str(path), '--out', str(tmp_path / 'plot.png')])
+    benchmark.main(['--plot', str(path), '--out', str(tmp_path / 'plot.png')])
     assert (tmp_path / 'plot.png').stat().st_size > 5_000
 
 
@@ -418,7 +417,7 @@ def test_bad_arguments(tmp_path, capsys):
     other = tmp_path / 'other.json'
     other.write_text('{}')
     with pytest.raises(SystemExit, match='no result'):
-        plot_benchmark.main([str(other), '--out', str(tmp_path / 'x.png')])
+        benchmark.main(['--plot', str(other), '--out', str(tmp_path / 'x.png')])
 
 
 def test_fp16_of_a_whole_model_needs_a_gpu(capsys):

@@ -12,7 +12,7 @@ from convnext_mm.datasets import write_shapes
 from convnext_mm.datasets.data_paths import check_data
 from convnext_mm.engine.errors import ConfigError
 from convnext_mm.engine.launch import fit_to_device
-from repo import ROOT, load_tool
+from repo import ROOT, load_tool, parsed
 
 RECIPE = 'configs/mask_rcnn/mask-rcnn_convnext-t_fpn_8xb2-amp-ms-crop-3x_coco.py'
 DEMO = 'configs/demo/mask-rcnn_convnext-atto_shapes.py'
@@ -34,7 +34,7 @@ def message(tool_name, *argv):
 def test_unknown_config_names_close_ones():
     said = message('train', RECIPE.replace('convnext-t_', 'convnext-tiny_'))
     assert 'convnext-tiny_fpn' in said and RECIPE in said
-    assert 'below configs/' in message('test', 'x.py', str(ROOT / 'LICENSE'))
+    assert '`convnext-mm zoo` lists' in message('test', 'x.py', str(ROOT / 'LICENSE'))
 
 
 def test_missing_data_names_the_file_and_the_source(tmp_path):
@@ -210,11 +210,10 @@ def test_a_gpu_config_stays_as_it_is():
 
 def test_amp_and_resume_arguments(tmp_path, checkpoint):
     write_shapes(tmp_path, 1, 1, 64)
-    parse = load_tool('train').parse_args
-    common = [DEMO, '--data-root', str(tmp_path)]
-    cfg = train.prepare(**vars(parse([*common, '--resume'])))
+    common = ('train', DEMO, '--data-root', tmp_path)
+    cfg = train.prepare(**parsed(*common, '--resume'))
     assert cfg.resume is True and cfg.load_from is None
-    cfg = train.prepare(**vars(parse([*common, '--resume', checkpoint])))
+    cfg = train.prepare(**parsed(*common, '--resume', checkpoint))
     assert cfg.load_from == checkpoint
 
 

@@ -12,7 +12,7 @@ from mmengine.registry import DATASETS, MODELS, init_default_scope
 
 from convnext_mm.apis import test
 from recipe_models import RECIPES, load
-from repo import ROOT, load_tool
+from repo import ROOT, parsed
 
 UPERNET = [path for path in RECIPES if 'upernet' in path]
 BASIC = 'configs/upernet/convnext-tiny_upernet_8xb2-amp-160k_ade20k-512x512.py'
@@ -43,7 +43,7 @@ def prepare(monkeypatch, tmp_path):
     monkeypatch.setattr(test, 'check_data', lambda *_: None)
 
     def run(config, *options):
-        args = vars(load_tool('test').parse_args([config, str(checkpoint), *options]))
+        args = parsed('test', config, checkpoint, *options)
         for name in ('out', 'deploy'):  # they concern what comes after
             del args[name]
         return test.prepare(**args)

@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
@@ -40,6 +41,14 @@ def load_tool(name: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def parsed(name: str, *arguments: object) -> dict:
+    """What a command of the command line makes of its arguments."""
+    command = import_module(f'convnext_mm.cli.{name}').command
+    params = command.make_context(name, list(map(str, arguments))).params
+    del params['gpus']
+    return params
 
 
 def at_least(version: str) -> bool:

@@ -176,7 +176,7 @@ def test_the_whole_proof_measures_everything(tmp_path):
             in (runs[f'backbone_{arch}_compiled'])
         )
     assert commands[0] == f'tools/maintenance/check_kernels.py {out}'
-    assert commands[-1].startswith('tools/plot_benchmark.py')
+    assert commands[-1].startswith('tools/benchmark.py --plot')
     summary = json.loads((out / 'summary.json').read_text())
     failed = {name for name, part in summary.items() if part['exit_code']}
     if 'detector' in runs:  # where mmcv's operators are

@@ -173,7 +173,7 @@ import mmdet.models, mmseg.models' 2>&1); then
         [ ! -e "$out/$name.json" ] || results+=("$out/$name.json")
     done
     LIMIT=$((LIMIT + PLOT_LIMIT))
-    part plot "$PLOT_LIMIT" "$python" tools/plot_benchmark.py "${results[@]}" \
+    part plot "$PLOT_LIMIT" "$python" tools/benchmark.py --plot "${results[@]}" \
         --out "$out/plot.png"
 }
 

@@ -14,10 +14,15 @@ INTRODUCTION = """\
 Made by `python tools/maintenance/make_model_zoo.py` from the metafiles in
 `configs/`: change those, not this page.
 
-Results marked *paper* are the papers' own; results marked *ours* are runs of
-this project. No trained weights are published here: each recipe fetches its
-initial weights itself. Parameters (M) and FLOPs (G, multiply-accumulates for
-one image) are counted by `tools/get_flops.py`, the paper's figure in brackets.
+Results marked *paper* are the papers' own, *mmdet* and *mmseg* MMDetection's and
+MMSegmentation's; results marked *ours* are runs of this project. Weights are those
+that the figures were published with, by the name that `convnext-mm infer` and
+`convnext-mm test` take: the paper's authors released theirs under the MIT licence,
+MMDetection and MMSegmentation under Apache-2.0. They are fetched once, checked, and
+must fit their model completely; where no network is, the message says which file to
+put where. Each recipe fetches its initial weights itself. Parameters (M) and FLOPs
+(G, multiply-accumulates for one image) are counted by `convnext-mm flops`, the
+paper's figure in brackets.
 
 Settings: *published* means that every value is the paper's; *published sets,
 our choice from them* that the paper says what it swept but not what won; *our
@@ -26,6 +31,7 @@ choice* that nothing is published. Each config says more.
 SECTIONS = {
     'mask_rcnn': 'COCO, Mask R-CNN',
     'cascade': 'COCO, Cascade Mask R-CNN',
+    'rtmdet': 'COCO, RTMDet',
     'upernet': 'ADE20K, UPerNet',
     'imagenet': 'ImageNet classification, MMPretrain',
     'demo': 'Small runs',
@@ -33,7 +39,7 @@ SECTIONS = {
 }
 NOTES = {
     'upernet': 'Test one scale with a sliding window by default, several '
-    'scales (and flips, V1) with `tools/test.py CONFIG CHECKPOINT --tta`. V2: '
+    'scales (and flips, V1) with `convnext-mm test MODEL --tta`. V2: '
     'the paper gives several scales only.'
 }
 # Metric in the metafiles to the head of its column.
@@ -72,18 +78,28 @@ def metrics_of(model: dict) -> dict[str, str]:
     return {head: ', '.join(values) for head, values in found.items()}
 
 
+def weights_of(model: dict) -> str:
+    """Their shortest name, with their address."""
+    if 'Weights' not in model:
+        return ''
+    name = min((model['Name'], *model.get('Alias', ())), key=len)
+    return f'[`{name}`]({model["Weights"]})'
+
+
 def table(models: list[dict]) -> str:
     known = {head for model in models for head in metrics_of(model)}
     heads = [head for head in COLUMNS.values() if head in known]
     heads += sorted(known - set(heads))
     rows = [
-        ['recipe', 'initial weights', 'settings', 'parameters', 'FLOPs', 'at', *heads]
+        'recipe, weights, initial weights, settings, parameters, FLOPs, at'.split(', ')
+        + heads
     ]
     for model in models:
         meta, metrics = model['Metadata'], metrics_of(model)
         rows.append(
             [
                 f'[{model["Name"]}](../{model["Config"]})',
+                weights_of(model),
                 meta.get('Initial Weights', 'none'),
                 meta['Settings'],
                 with_paper(

@@ -8,7 +8,7 @@ import functools
 import importlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -67,7 +67,7 @@ COMPILED_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0
 
 @dataclasses.dataclass
 class Settings:
-    """What to measure. The fields are the options of ``tools/benchmark.py``; what
+    """What to measure. The fields are the options of ``convnext-mm bench``; what
     is empty, or -1, is chosen by mode and device.
 
     Raises:
@@ -95,6 +95,11 @@ class Settings:
         return self.mode[0] in MODEL_MODES
 
     def __post_init__(self) -> None:
+        self._check_names('mode', (*BACKBONE_MODES, *MODEL_MODES), self.mode)
+        self._check_names('dtype', DTYPES, self.dtype)
+        known = (*PEERS, *OURS)
+        self._check_names('networks', known, self.networks or ())
+        self._check_names('compile', known, self.compile)
         if self.clock == 'cpu' and (self.threads != 1 or self.device != 'cpu'):
             raise ConfigError('--clock cpu needs --threads 1 and --device cpu')
         if self.rounds < 2:
@@ -114,6 +119,13 @@ class Settings:
             self.warmup = 3 if self.device == 'cuda' else 1
         self.size = self.size or SIZES.get(self.mode[0], (256, 256))
         self.dtype = self.dtype or (['fp32'] if self.whole else ['fp32', 'amp', 'bf16'])
+
+    def _check_names(
+        self, option: str, known: Collection[str], names: Sequence[str]
+    ) -> None:
+        for name in names:
+            if name not in known:
+                raise ConfigError(f'--{option} {name}: there are {", ".join(known)}')
 
     def _check_whole(self) -> None:
         for dtype in self.dtype:

@@ -1,0 +1,278 @@
+"""Files of what was found. Each is complete under its name, or not there."""
+
+import csv
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TextIO
+
+import cv2
+import numpy as np
+from PIL import Image
+
+from convnext_mm.engine.errors import ConfigError
+
+from .prediction import Prediction, mask_area
+from .sources import Picture, Video
+
+# COCO numbers its 80 classes from 1 to 90.
+COCO_GAPS = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)
+JPEG_QUALITY = 95
+
+
+class Outputs:
+    """Writes below a folder:
+
+    - ``pictures/NAME.jpg`` (``.png`` where the source is one), and ``NAME.mp4`` of
+      a video: what was found, drawn;
+    - ``predictions.json``: objects in COCO's format, with scores;
+    - ``maps/NAME.png``: class maps, pixels are indices of classes, shown in the
+      classes' colours;
+    - ``predictions.csv``: a line for each object, or each class of a class map.
+
+    Args:
+        folder: Made where it is missing.
+        classes: Names.
+        palette: Colours of the classes, red first.
+        data: Write the json, csv and maps.
+        category_ids: Of the classes in the json; by default COCO's own for COCO's
+            classes, else from 1 on.
+        image_ids: Of the files in the json, by name; by default from 1 on.
+
+    Raises:
+        ConfigError: Nothing can be written there.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike,
+        classes: Sequence[str],
+        palette: Any,
+        data: bool = True,
+        category_ids: Sequence[int] | None = None,
+        image_ids: dict[str, int] | None = None,
+    ) -> None:
+        self.folder = Path(folder)
+        self.classes, self.data = tuple(classes), data
+        self.palette = np.uint8(palette)[:256]
+        self.category_ids = category_ids or _category_ids(self.classes)
+        self.image_ids = dict(image_ids or {})
+        self._video: tuple[Video, cv2.VideoWriter, Path, tuple[int, int]] | None = None
+        self._json: _CocoFile | None = None
+        self._csv: TextIO | None = None
+        self._rows: Any = None
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            probe = self.folder / f'.{os.getpid()}.tmp'
+            probe.write_bytes(b'')
+            probe.unlink()
+        except OSError as error:
+            raise ConfigError(
+                f'nothing can be written into {self.folder} ({error.strerror}): give '
+                'another folder with --out'
+            ) from None
+
+    def __enter__(self) -> 'Outputs':
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Also after Ctrl-C: what was found until then is written."""
+        self._end_video()
+        if self._csv:
+            self._csv.close()
+        if self._json:
+            self._json.close()
+
+    def add_picture(self, picture: Picture, drawn: np.ndarray) -> None:
+        """
+        Args:
+            picture: It was drawn on.
+            drawn: (H, W, 3) uint8, red first.
+        """
+        bgr = drawn[:, :, ::-1]
+        if picture.video is not None:
+            self._add_frame(picture.video, bgr)
+            return
+        self._end_video()
+        suffix = '.png' if picture.file.lower().endswith('.png') else '.jpg'
+        target = self.folder / 'pictures' / f'{picture.name}{suffix}'
+        if target.exists() and _is_same(target, picture.file):
+            raise ConfigError(
+                f'{target} would overwrite the picture it was made from: give another '
+                'folder with --out'
+            )
+        options = [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY] if suffix == '.jpg' else []
+        _write(target, cv2.imencode(suffix, bgr, options)[1].tobytes())
+
+    def add_prediction(self, prediction: Prediction) -> None:
+        if not self.data:
+            return
+        if prediction.class_map is not None:
+            self._add_map(prediction)
+        else:
+            self._add_objects(prediction)
+
+    def _add_frame(self, video: Video, bgr: np.ndarray) -> None:
+        # mp4 has two pixels for one colour.
+        height, width = (side - side % 2 for side in bgr.shape[:2])
+        if self._video is None or self._video[0] != video:
+            self._end_video()
+            target = self.folder / 'pictures' / f'{video.name}.mp4'
+            partial = target.with_name(f'{target.stem}.part.mp4')
+            partial.parent.mkdir(parents=True, exist_ok=True)
+            fourcc = cv2.VideoWriter_fourcc(*'mp4v')
+            writer = cv2.VideoWriter(str(partial), fourcc, video.fps, (width, height))
+            if not writer.isOpened():
+                raise ConfigError(
+                    f'{target} cannot be written as a video by this OpenCV: leave the '
+                    'pictures out with --no-pictures'
+                )
+            self._video = (video, writer, target, (width, height))
+        _, writer, _, size = self._video
+        if size != (width, height):  # a camera that was turned
+            bgr = cv2.resize(bgr, size)
+        writer.write(np.ascontiguousarray(bgr[: size[1], : size[0]]))
+
+    def _end_video(self) -> None:
+        if self._video is None:
+            return
+        _, writer, target, _ = self._video
+        self._video = None
+        writer.release()
+        partial = target.with_name(f'{target.stem}.part.mp4')
+        # OpenCV says nothing when a disk is full.
+        if partial.is_file() and cv2.VideoCapture(str(partial)).isOpened():
+            os.replace(partial, target)
+        else:
+            partial.unlink(missing_ok=True)
+            raise OSError(f'{target} could not be written: is the disk full?')
+
+    def _add_map(self, prediction: Prediction) -> None:
+        class_map = prediction.class_map
+        assert class_map is not None
+        target = self.folder / 'maps' / f'{prediction.name}.png'
+        image = Image.fromarray(class_map)
+        if class_map.dtype == np.uint8:
+            image.putpalette(self.palette.tobytes())
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_name(f'{target.name}.tmp')
+        image.save(partial, 'png')
+        os.replace(partial, target)
+        counts = np.bincount(class_map.ravel(), minlength=len(self.classes))
+        self._add_rows(
+            ('file', 'frame', 'class', 'pixels', 'share'),
+            (
+                (*_where(prediction), name, count, f'{count / class_map.size:.6f}')
+                for name, count in zip(self.classes, counts)
+                if count
+            ),
+        )
+
+    def _add_objects(self, prediction: Prediction) -> None:
+        labels, scores, boxes = prediction.labels, prediction.scores, prediction.boxes
+        assert labels is not None and scores is not None and boxes is not None
+        if self._json is None:
+            categories = [
+                dict(id=number, name=name)
+                for number, name in zip(self.category_ids, self.classes)
+            ]
+            self._json = _CocoFile(self.folder / 'predictions.json', categories)
+        name = Path(prediction.file).name
+        number = self.image_ids.get(name, None if self.image_ids else 0)
+        image: dict[str, Any] = dict(file_name=prediction.file)
+        if prediction.frame is not None:
+            image['frame'] = prediction.frame
+        objects, rows = [], []
+        for index, (label, score) in enumerate(zip(labels.tolist(), scores.tolist())):
+            left, top, right, bottom = boxes[index].tolist()
+            area = (right - left) * (bottom - top)
+            found: dict[str, Any] = dict(
+                category_id=self.category_ids[label],
+                bbox=[round(v, 2) for v in (left, top, right - left, bottom - top)],
+                score=round(score, 5),
+                iscrowd=0,
+            )
+            if prediction.masks is not None:
+                found['segmentation'] = prediction.masks[index]
+                area = mask_area(prediction.masks[index])
+            found['area'] = round(area, 2)
+            objects.append(found)
+            box = (f'{v:.2f}' for v in (left, top, right, bottom))
+            what = (self.classes[label], f'{score:.5f}', *box, f'{area:.0f}')
+            rows.append((*_where(prediction), *what))
+        self._json.add(image, prediction.size, objects, number or None)
+        columns = 'file frame class score left top right bottom area'.split()
+        self._add_rows(columns, rows)
+
+    def _add_rows(self, columns: Sequence[str], rows: Any) -> None:
+        """Written line by line: a reader sees whole lines at any time."""
+        if self._csv is None:
+            self._csv = open(  # noqa: SIM115, closed by __exit__
+                self.folder / 'predictions.csv', 'w', newline='', buffering=1
+            )
+            self._rows = csv.writer(self._csv)
+            self._rows.writerow(columns)
+        self._rows.writerows(rows)
+
+
+class _CocoFile:
+    """COCO's format, written as it comes; the file has its name once it is whole."""
+
+    def __init__(self, path: Path, categories: list[dict]) -> None:
+        self.path, self.partial = path, path.with_name(f'{path.name}.tmp')
+        self.images: list[dict] = []
+        self.count = 0
+        self.file = open(self.partial, 'w')  # noqa: SIM115, closed by close
+        self.file.write(f'{{"categories": {json.dumps(categories)},\n"annotations": [')
+
+    def add(
+        self,
+        image: dict[str, Any],
+        size: tuple[int, int],
+        objects: list[dict],
+        number: int | None,
+    ) -> None:
+        number = number or len(self.images) + 1
+        width, height = size
+        self.images.append(dict(id=number, width=width, height=height, **image))
+        for found in objects:
+            self.file.write(',\n' if self.count else '\n')
+            self.count += 1
+            self.file.write(json.dumps(dict(id=self.count, image_id=number, **found)))
+
+    def close(self) -> None:
+        with self.file as file:
+            file.write(f'\n],\n"images": {json.dumps(self.images)}}}\n')
+        os.replace(self.partial, self.path)
+
+
+def _category_ids(classes: tuple[str, ...]) -> list[int]:
+    if len(classes) == 80 and classes[0] == 'person' and classes[-1] == 'toothbrush':
+        return [n for n in range(1, 91) if n not in COCO_GAPS]
+    return list(range(1, len(classes) + 1))
+
+
+def _where(prediction: Prediction) -> tuple[str, int | str]:
+    return prediction.file, '' if prediction.frame is None else prediction.frame
+
+
+def _is_same(target: Path, source: str) -> bool:
+    return os.path.exists(source) and os.path.samefile(target, source)
+
+
+def _write(target: Path, content: bytes) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f'{target.name}.tmp')
+    try:
+        partial.write_bytes(content)
+        os.replace(partial, target)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise

@@ -1,0 +1,267 @@
+"""A model that is ready to look at pictures, on MMDetection's or MMSegmentation's
+inferencer."""
+
+import contextlib
+import copy
+import inspect
+import io
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from mmengine.config import Config
+from mmengine.infer import BaseInferencer
+from mmengine.logging import MMLogger
+from mmengine.registry import DATASETS, MODELS
+from mmengine.runner import checkpoint as mmengine_checkpoint
+from torch import nn
+
+from convnext_mm.apis.config import load_config
+from convnext_mm.apis.test import use_test_time_augmentation
+from convnext_mm.apis.zoo import resolve
+from convnext_mm.engine.errors import ConfigError
+from convnext_mm.models import ConvNeXt
+
+from .sources import Picture
+
+# Larger pictures are shrunk before a model sees them: it resizes them anyway, and
+# masks and scores of every class have the size of the picture.
+MAX_PIXELS = dict(mmdet=16_000_000, mmseg=4_000_000)
+
+
+class Predictor:
+    """A model that is ready to look at pictures.
+
+    Args:
+        model, checkpoint: Of :func:`convnext_mm.apis.zoo.resolve`.
+        device: Such as ``'cpu'`` or ``'cuda:1'``; by default the best there is.
+        tta: Average over scales and flips, as ``tta_model`` and ``tta_pipeline``
+            of the config say.
+        deploy: Fold and pack a ConvNeXt for inference; the same numbers up to
+            rounding.
+        cfg_options: Settings of the config to override.
+
+    Raises:
+        ConfigError: A name or setting is wrong, or the model does not detect or
+            segment.
+        CheckpointError: The weights cannot be fetched or read, or are not those of
+            the model.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        checkpoint: str | None = None,
+        device: str | None = None,
+        tta: bool = False,
+        deploy: bool = True,
+        cfg_options: dict | None = None,
+    ) -> None:
+        _check_device(device)
+        config, weights, self.known = resolve(model, checkpoint)
+        cfg = load_config(config, cfg_options=cfg_options)
+        self.scope = cfg.get('default_scope')
+        if self.scope not in MAX_PIXELS:
+            raise ConfigError(
+                f'{config} is for {self.scope}: pictures are looked at by detectors '
+                "(default_scope='mmdet') and segmentors ('mmseg')"
+            )
+        if tta:
+            whole = copy.deepcopy(cfg)
+            use_test_time_augmentation(whole, config)
+            cfg.model = whole.model.module
+            cfg.test_dataloader.dataset.pipeline = whole.tta_pipeline
+        self.inferencer = _build(cfg, weights, device)
+        if tta:
+            outer = {k: v for k, v in whole.model.items() if k != 'module'}
+            network = self.inferencer.model
+            self.inferencer.model = MODELS.build(dict(**outer, module=network)).eval()
+        if deploy:
+            for module in self.inferencer.model.modules():
+                if isinstance(module, ConvNeXt):
+                    module.switch_to_deploy()
+        self.max_pixels = MAX_PIXELS[self.scope]
+        self.cfg, self.weights = cfg, weights
+
+    @property
+    def dataset_meta(self) -> dict[str, Any]:
+        return _network(self.inferencer.model).dataset_meta
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return tuple(self.dataset_meta['classes'])
+
+    @property
+    def reduce_zero_label(self) -> bool:
+        """Whether 0 stands for no class in the data set's maps."""
+        dataset = DATASETS.get(self.cfg.test_dataloader.dataset.type)
+        default = inspect.signature(dataset).parameters.get('reduce_zero_label')
+        own = self.cfg.test_dataloader.dataset.get('reduce_zero_label')
+        return bool(default.default if own is None and default else own)
+
+    def can_batch(self, first: Picture, second: Picture) -> bool:
+        """Detectors pad pictures to one size, segmentors do not."""
+        return self.scope == 'mmdet' or first.image.shape == second.image.shape
+
+    def __call__(self, pictures: Sequence[Picture]) -> list[Any]:
+        """
+        Args:
+            pictures: A batch that :attr:`can_batch`.
+
+        Returns:
+            A data sample of MMDetection or MMSegmentation for each, on the CPU,
+            in the pixels of ``picture.image``.
+        """
+        images = [picture.image for picture in pictures]
+        with _quiet():
+            return self._samples(images)
+
+    def _samples(self, images: list[np.ndarray]) -> list[Any]:
+        (batch,) = self.inferencer.preprocess(images, batch_size=len(images))
+        if self.scope == 'mmdet':  # beside what it was made of
+            batch = batch[1]
+        with torch.inference_mode():
+            samples = self.inferencer.forward(batch)
+        return [sample.cpu() for sample in samples]
+
+    def draw(
+        self,
+        picture: Picture,
+        sample: Any,
+        threshold: float,
+        opacity: float,
+        with_labels: bool = True,
+    ) -> np.ndarray:
+        """What was found, drawn by the library's visualizer, beside the ground
+        truth where the sample has one.
+
+        Args:
+            picture, sample: The same.
+            threshold: Lowest score of what is drawn.
+            opacity: Of a semantic segmentor's colours, in [0, 1].
+            with_labels: Write class names into a semantic segmentor's regions.
+
+        Returns:
+            (H, W, 3) uint8, red first.
+        """
+        visualizer = self.inferencer.visualizer
+        settings: dict[str, Any] = dict(draw_gt='gt_instances' in sample)
+        if self.scope == 'mmdet':
+            settings['pred_score_thr'] = threshold
+        else:
+            visualizer.alpha = opacity
+            settings = dict(draw_gt='gt_sem_seg' in sample, with_labels=with_labels)
+        rgb = np.ascontiguousarray(picture.image[:, :, ::-1])
+        visualizer.add_datasample(picture.name, rgb, sample, **settings)
+        return visualizer.get_image()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what libraries tell their own developers."""
+    logger = MMLogger.get_current_instance()
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    logger.addFilter(_is_for_users)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter('ignore')
+            yield
+    finally:
+        logger.setLevel(level)
+        logger.removeFilter(_is_for_users)
+
+
+def _is_for_users(record: logging.LogRecord) -> bool:
+    return 'Failed to search registry' not in record.getMessage()
+
+
+def _check_device(device: str | None) -> None:
+    if device is None:
+        return
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        there = ['cpu', *(f'cuda:{i}' for i in range(torch.cuda.device_count()))]
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            f'device {device!r} cannot be used ({reason}); there are: '
+            + ', '.join(there)
+        ) from None
+
+
+def _network(model: nn.Module) -> nn.Module:
+    """What lies in a model for test-time augmentation."""
+    return getattr(model, 'module', model)
+
+
+class _OwnWeights:
+    """An inferencer that takes all weights of a checkpoint or none, and whose
+    classes are those of the checkpoint or else of the config's data set."""
+
+    def _load_weights_to_model(
+        self, model: nn.Module, checkpoint: dict[str, Any], cfg: Config
+    ) -> None:
+        mmengine_checkpoint._load_checkpoint_to_model(model, checkpoint, strict=True)
+        dataset = dict(copy.deepcopy(cfg.test_dataloader.dataset), lazy_init=True)
+        of_config = dict(DATASETS.build(dataset).metainfo)
+        meta = checkpoint.get('meta') or {}
+        # MMDetection 2 and MMSegmentation 0 wrote capitals.
+        stored = meta.get('dataset_meta') or meta
+        stored = {str(key).lower(): value for key, value in stored.items()}
+        classes = stored.get('classes') or of_config.get('classes')
+        if not classes:
+            raise ConfigError(
+                'neither the checkpoint nor the data set of the config names the '
+                "classes: add metainfo=dict(classes=('first', ...)) to "
+                'test_dataloader.dataset'
+            )
+        palette = of_config.get('palette') or stored.get('palette')
+        if not palette or len(palette) < len(classes):
+            palette = _palette(len(classes))
+        model.dataset_meta = dict(classes=tuple(classes), palette=palette)
+
+
+def _palette(count: int) -> list[tuple[int, int, int]]:
+    """Colours far from each other, the same in every run: hues a golden angle
+    apart, in three brightnesses."""
+    import colorsys
+
+    colours = []
+    for index in range(count):
+        red, green, blue = colorsys.hsv_to_rgb(
+            index * 0.381966 % 1,
+            (0.9, 0.65, 0.8)[index % 3],
+            (0.95, 0.95, 0.65)[index % 3],
+        )
+        colours.append((round(255 * red), round(255 * green), round(255 * blue)))
+    return colours
+
+
+def _build(cfg: Config, weights: str, device: str | None) -> BaseInferencer:
+    if cfg.default_scope == 'mmdet':
+        with _quiet():
+            from mmdet.apis import DetInferencer
+
+        class Detector(_OwnWeights, DetInferencer):
+            pass
+
+        kind: type = Detector
+    else:
+        with _quiet():
+            from mmseg.apis import MMSegInferencer
+
+        class Segmentor(_OwnWeights, MMSegInferencer):
+            pass
+
+        kind = Segmentor
+    name = dict(mmdet='DetLocalVisualizer', mmseg='SegLocalVisualizer')
+    visualizer = cfg.setdefault('visualizer', dict(type=name[cfg.default_scope]))
+    visualizer.update(vis_backends=None, name=f'convnext_mm-{id(cfg)}')
+    with _quiet():
+        return kind(
+            model=cfg, weights=weights, device=device, show_progress=False
+        )

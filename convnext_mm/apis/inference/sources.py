@@ -1,0 +1,370 @@
+"""What a user names: files, folders, patterns, addresses, videos, cameras, standard
+input; and the pictures in them, one after the other."""
+
+import contextlib
+import difflib
+import glob
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import cv2
+import numpy as np
+
+from convnext_mm.checkpoint import CheckpointDownloadError
+from convnext_mm.checkpoint.errors import shown
+from convnext_mm.checkpoint.remote import open_url
+from convnext_mm.datasets.errors import DataError
+
+from .decode import check_size, decode
+
+PICTURES = (
+    '.bmp .gif .jpeg .jpg .jp2 .pbm .pgm .png .ppm .tga .tif .tiff .webp .avif .heic'
+).split()
+VIDEOS = '.avi .m4v .mkv .mov .mp4 .mpeg .mpg .webm .wmv'.split()
+MAX_DOWNLOAD = 1 << 30
+CAMERA = re.compile(r'camera(?::(\d+))?')
+
+
+@dataclass(frozen=True)
+class Video:
+    """A video or camera that a picture is a frame of."""
+
+    name: str
+    fps: float
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture.
+
+    Args:
+        name: For output files, without a suffix: unique in a run.
+        file: What the user calls it.
+        image: (H, W, 3) uint8, blue first.
+        size: Width and height before it was shrunk.
+        note: What was changed, where something was.
+        frame: Its number in ``video``, from 0.
+        video: What it is a frame of.
+    """
+
+    name: str
+    file: str
+    image: np.ndarray
+    size: tuple[int, int]
+    note: str | None = None
+    frame: int | None = None
+    video: Video | None = None
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A file, address or device to read, before it is read.
+
+    Args:
+        kind: ``'picture'``, ``'video'``, ``'camera'``, ``'address'``, ``'bytes'`` or
+            ``'array'``.
+        place: Its path, address or number.
+        name: As :attr:`Picture.name`.
+        data: Its content, of the last two.
+    """
+
+    kind: str
+    place: str
+    name: str
+    data: Any = None
+
+
+def entries(sources: Sequence[Any], exclude: Path | None = None) -> list[Entry]:
+    """What there is to read.
+
+    Args:
+        sources: Paths, patterns (``*``, ``?``, ``[...]``, ``**``), addresses,
+            ``camera``, ``camera:1``, ``-`` (standard input: a picture, or paths one
+            per line); or arrays, (H, W, 3) uint8, blue first.
+        exclude: A folder of outputs, which may be below one of the sources.
+
+    Raises:
+        DataError: One names nothing; says what is near.
+    """
+    found: list[Entry] = []
+    for source in sources:
+        if isinstance(source, np.ndarray):
+            found.append(Entry('array', 'an array', 'array', source))
+        elif isinstance(source, (str, os.PathLike)):
+            found += _entries_of(os.fspath(source), exclude)
+        else:
+            raise DataError(
+                'a source is a path, an address or an array (H, W, 3) of uint8, got '
+                f'{type(source).__name__}'
+            )
+    return _with_own_names(found)
+
+
+def _entries_of(source: str, exclude: Path | None) -> list[Entry]:
+    if source == '-':
+        return _standard_input(exclude)
+    camera = CAMERA.fullmatch(source)
+    if camera and not os.path.exists(source):
+        number = camera[1] or '0'
+        return [Entry('camera', number, f'camera{number}')]
+    if re.match(r'https?://', source):
+        name = Path(unquote(urlsplit(source).path)).name
+        return [Entry('address', source, Path(name).stem or 'picture')]
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return _folder(path, exclude)
+    if path.exists():
+        return [_file(path, path.stem)]
+    if glob.has_magic(source):
+        matches = [Path(p) for p in sorted(glob.glob(str(path), recursive=True))]
+        files = [p for p in matches if p.is_file() and _is_input(p, exclude)]
+        if not files:
+            raise DataError(
+                f'no picture or video matches {shown(source)}'
+                + (f' ({len(matches)} other files do)' if matches else '')
+            )
+        return [_file(p, p.stem) for p in files]
+    raise DataError(f'{shown(source)} does not exist{_near(path)}')
+
+
+def _near(path: Path) -> str:
+    with contextlib.suppress(OSError):
+        names = os.listdir(path.parent)
+        close = difflib.get_close_matches(path.name, names, n=3, cutoff=0.6)
+        if close:
+            close = [shown(path.parent / name) for name in close]
+            return f': did you mean {" or ".join(close)}?'
+        return ''
+    return f', nor does the folder {shown(path.parent)}'
+
+
+def _is_input(path: Path, exclude: Path | None) -> bool:
+    """Also what has a suffix in capitals; not what is hidden."""
+    return (
+        path.suffix.lower() in (*PICTURES, *VIDEOS)
+        and not path.name.startswith('.')
+        and not (exclude and exclude.resolve() in path.resolve().parents)
+    )
+
+
+def _folder(folder: Path, exclude: Path | None) -> list[Entry]:
+    try:
+        everything = sorted(p for p in folder.rglob('*') if p.is_file())
+    except OSError as error:
+        raise DataError(f'{shown(folder)} cannot be read: {error.strerror}') from None
+    files = [p for p in everything if _is_input(p, exclude)]
+    if not files:
+        kinds = sorted({p.suffix or p.name for p in everything})[:5]
+        raise DataError(
+            f'{shown(folder)} holds no picture or video'
+            + (f', only {shown(", ".join(kinds))}' if kinds else ': it is empty')
+        )
+    return [_file(p, str(p.relative_to(folder).with_suffix(''))) for p in files]
+
+
+def _file(path: Path, name: str) -> Entry:
+    kind = 'video' if path.suffix.lower() in VIDEOS else 'picture'
+    return Entry(kind, str(path), name)
+
+
+def _standard_input(exclude: Path | None) -> list[Entry]:
+    if sys.stdin is None or sys.stdin.isatty():
+        raise DataError('nothing comes on standard input: `cat photo.jpg | ... -`')
+    data = sys.stdin.buffer.read()
+    if not data.strip():
+        raise DataError('standard input is empty')
+    try:
+        lines = data.decode().split('\n')
+    except UnicodeDecodeError:
+        return [Entry('bytes', 'standard input', 'stdin', data)]
+    return [e for line in lines if line.strip() for e in _entries_of(line, exclude)]
+
+
+def _with_own_names(found: list[Entry]) -> list[Entry]:
+    """Two files of one name would overwrite each other's results."""
+    taken: set[str] = set()
+    result = []
+    for entry in found:
+        base = entry.name.replace('..', '_').lstrip('/')
+        name, count = base, 1
+        while name.lower() in taken:
+            count += 1
+            name = f'{base}_{count}'
+        taken.add(name.lower())
+        result.append(Entry(entry.kind, entry.place, name, entry.data))
+    return result
+
+
+def count(found: Sequence[Entry], every: int = 1) -> int | None:
+    """How many pictures there are; None where it is not known."""
+    total = 0
+    for entry in found:
+        if entry.kind == 'camera':
+            return None
+        frames = 1
+        if entry.kind == 'video':
+            capture = cv2.VideoCapture(entry.place)
+            frames = int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
+            capture.release()
+            if frames < 0:
+                return None
+        total += -(-frames // every)
+    return total
+
+
+def read(
+    found: Sequence[Entry], max_pixels: int, every: int = 1
+) -> Iterator[Picture | DataError]:
+    """The pictures; in the place of one that cannot be used, why.
+
+    Args:
+        found: Of :func:`entries`.
+        max_pixels: Larger ones are shrunk to so many.
+        every: Of videos and cameras only each so many-th frame.
+    """
+    for entry in found:
+        try:
+            if entry.kind in ('video', 'camera'):
+                yield from _frames(entry, entry.place, max_pixels, every)
+            elif entry.kind == 'address':
+                yield from _from_address(entry, max_pixels, every)
+            elif entry.kind == 'array':
+                yield _shrunk(_from_array(entry), max_pixels)
+            else:
+                data = entry.data or _bytes_of(entry.place)
+                yield _picture(entry, data, max_pixels)
+        except DataError as error:
+            yield error
+
+
+def _bytes_of(place: str) -> bytes:
+    path = Path(place)
+    if not path.is_file():
+        raise DataError(f'{shown(place)} is no regular file, or was deleted')
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f'{shown(place)} cannot be read: {error.strerror}') from None
+
+
+def _from_array(entry: Entry) -> Picture:
+    image = entry.data
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        raise DataError(
+            'an array must be (H, W, 3) of uint8, blue first (as cv2.imread gives); '
+            f'got {image.shape} of {image.dtype}'
+        )
+    check_size(image.shape[1::-1], entry.place)
+    return Picture(entry.name, entry.place, image, image.shape[1::-1])
+
+
+def _picture(entry: Entry, data: bytes, max_pixels: int) -> Picture:
+    image, note = decode(data, entry.place)
+    return _shrunk(
+        Picture(entry.name, entry.place, image, image.shape[1::-1], note), max_pixels
+    )
+
+
+def _shrunk(picture: Picture, max_pixels: int) -> Picture:
+    height, width = picture.image.shape[:2]
+    if width * height <= max_pixels:
+        return picture
+    scale = (max_pixels / (width * height)) ** 0.5
+    size = max(1, int(width * scale)), max(1, int(height * scale))
+    image = cv2.resize(picture.image, size, interpolation=cv2.INTER_AREA)
+    note = f'{width} x {height} was shrunk to {size[0]} x {size[1]} for the model'
+    note = f'{picture.note}; {note}' if picture.note else note
+    return Picture(
+        picture.name,
+        picture.file,
+        image,
+        (width, height),
+        note,
+        picture.frame,
+        picture.video,
+    )
+
+
+def _from_address(
+    entry: Entry, max_pixels: int, every: int
+) -> Iterator[Picture | DataError]:
+    address = shown(entry.place)
+    try:
+        with open_url(entry.place) as answer:
+            data = answer.read(MAX_DOWNLOAD + 1)
+    except CheckpointDownloadError as error:
+        raise DataError(f'{address}: {error}') from None
+    except Exception as error:
+        raise DataError(f'{address}: the download stopped ({shown(error)})') from None
+    if len(data) > MAX_DOWNLOAD:
+        raise DataError(
+            f'{address} is larger than {MAX_DOWNLOAD >> 30} GiB: fetch it yourself and '
+            'give its path'
+        )
+    if Path(urlsplit(entry.place).path).suffix.lower() not in VIDEOS:
+        yield _picture(entry, data, max_pixels)
+        return
+    with tempfile.NamedTemporaryFile(
+        suffix=Path(urlsplit(entry.place).path).suffix
+    ) as file:
+        file.write(data)
+        file.flush()
+        yield from _frames(entry, file.name, max_pixels, every)
+
+
+def _frames(
+    entry: Entry, place: str, max_pixels: int, every: int
+) -> Iterator[Picture | DataError]:
+    """Each frame is a picture; at the end of a video that was cut off, why."""
+    is_camera = entry.kind == 'camera'
+    what = f'camera {place}' if is_camera else shown(entry.place)
+    if not is_camera and not os.path.isfile(place):
+        raise DataError(f'{what} is no regular file, or was deleted')
+    capture = cv2.VideoCapture(int(place) if is_camera else place)
+    try:
+        if not capture.isOpened():
+            raise DataError(
+                f'{what} does not open: no such device, or another program has it'
+                if is_camera
+                else f'{what} is no video that OpenCV can read, or is damaged'
+            )
+        expected = int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
+        fps = capture.get(cv2.CAP_PROP_FPS)
+        # Devices and damaged files give 0, NaN or a million.
+        video = Video(entry.name, (fps if 1 <= fps <= 240 else 25.0) / every)
+        number = 0
+        while True:
+            is_there, image = capture.read()
+            if not is_there:
+                break
+            if number % every == 0:
+                picture = Picture(
+                    f'{entry.name}/{number:06d}',
+                    entry.place,
+                    image,
+                    image.shape[1::-1],
+                    None,
+                    number,
+                    video,
+                )
+                yield _shrunk(picture, max_pixels)
+            number += 1
+        # What containers say of their length is often a frame or two off.
+        if not is_camera and number < min(expected - 2, 0.99 * expected):
+            raise DataError(
+                f'{what} ends after {number} of {expected} frames: the file is damaged '
+                'or cut off'
+            )
+        if is_camera or not number:
+            raise DataError(
+                f'{what} gives no {"more pictures" if number else "picture"}'
+            )
+    finally:
+        capture.release()

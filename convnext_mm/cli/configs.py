@@ -1,0 +1,35 @@
+"""The configs, to read and change."""
+
+import click
+
+from .options import Command
+
+
+@click.command(
+    cls=Command,
+    epilog="""\b
+Examples:
+  convnext-mm configs
+  convnext-mm configs --copy my_configs""",
+)
+@click.option('--copy', metavar='DIR', help='Copy all configs into a new folder.')
+def command(copy: str | None) -> None:
+    """Say where the configs are, or copy them. A config of your own needs no copy: it
+    inherits with _base_ = 'THAT_FOLDER/mask_rcnn/NAME.py'."""
+    import shutil
+
+    from convnext_mm.apis.zoo import configs_folder
+    from convnext_mm.engine.errors import ConfigError
+
+    if copy is None:
+        click.echo(configs_folder())
+        return
+    try:
+        shutil.copytree(
+            configs_folder(), copy, ignore=shutil.ignore_patterns('__pycache__')
+        )
+    except FileExistsError:
+        raise ConfigError(f'{copy} exists: name a new folder') from None
+    except OSError as error:
+        raise ConfigError(f'{copy} cannot be written: {error}') from None
+    click.echo(f'copied to {copy}')
