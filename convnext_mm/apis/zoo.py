@@ -197,10 +197,10 @@ def find_config(name: str) -> Path:
     files = {
         p.name: p for p in Path('configs').rglob('*.py') if '_base_' not in p.parts
     }
-    close = [
-        str(files[close])
-        for close in difflib.get_close_matches(file, files, n=3, cutoff=0.5)
-    ] or close_names(Path(name).stem)
+    matches = difflib.get_close_matches(file, files, n=3, cutoff=0.5)
+    # Who wrote no path meant a name.
+    close = [str(files[match]) for match in matches] if name.endswith('.py') else []
+    close = close or close_names(Path(name).stem)
     raise ConfigError(
         f'config {name!r} does not exist'
         + (

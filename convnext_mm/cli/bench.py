@@ -85,7 +85,7 @@ Examples:
 )
 @click.option('--out', required=True, type=click.Path(path_type=Path), help='To write.')
 @click.pass_context
-def command(ctx: click.Context, out: Path, plot: tuple, **options: Any) -> None:
+def command(ctx: click.Context, /, out: Path, plot: tuple, **options: Any) -> None:
     """Time ConvNeXt backbones, or whole detectors and segmentors with them, side by
     side, and write one json file.
 
@@ -146,8 +146,8 @@ def _print_rows(rows: Sequence[dict], skipped: Mapping[str, str]) -> None:
         if any(cells):
             table.add_column(head, no_wrap=True)
             grid.append(cells)
-    for cells in zip(*grid):
-        table.add_row(*cells)
+    for row_cells in zip(*grid):
+        table.add_row(*row_cells)
     console = Console()
     console.print(table)
     for name, reason in skipped.items():

@@ -67,9 +67,9 @@ Examples:
 @click.option(
     '--opacity',
     type=float,
-    default=0.6,
+    default=0.5,
     show_default=True,
-    help="Of a segmentor's colours.",
+    help='Of the colours over a picture.',
 )
 @click.option('--no-labels', is_flag=True, help="No names in a segmentor's pictures.")
 @click.option(

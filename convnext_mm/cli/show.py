@@ -116,12 +116,20 @@ def backbone(
     (`convnext-mm zoo`)."""
     from convnext_mm.analysis.complexity import default_shape
     from convnext_mm.apis.config import load_config
-    from convnext_mm.apis.show import backbone as room
+    from convnext_mm.apis.show import (
+        build_backbone,
+        describe,
+        draw_feature_maps,
+        draw_receptive_fields,
+        feature_maps,
+        load_weights,
+        receptive_fields_of,
+    )
     from convnext_mm.engine.errors import ConfigError
 
     with _logs_aside():
         cfg = load_config(config, cfg_options=cfg_options)
-        room.build_backbone(cfg)
+        build_backbone(cfg)
         try:
             size = shape or default_shape(cfg)
         except ValueError as error:
@@ -130,24 +138,24 @@ def backbone(
             raise ConfigError(
                 '--checkpoint gives weights for pictures: add --image FILE or --erf'
             )
-        description = room.describe(cfg, size)
+        description = describe(cfg, size)
         pictures: list[Path] = []
         fields: list[Any] = []
         if image or erf:
             folder = _folder(out, cfg.work_dir)
-            network = room.build_backbone(cfg, 'cpu')
-            weights = room.load_weights(network, checkpoint)
+            network = build_backbone(cfg, 'cpu')
+            weights = load_weights(network, checkpoint)
             title = f'{Path(config).stem}, {weights}'
             if image:
-                features = room.feature_maps(network, cfg, image, size)
+                features = feature_maps(network, cfg, image, size)
                 path = folder / f'features_{Path(image).stem}.png'
-                pictures.append(room.draw_feature_maps(features, path, title))
+                pictures.append(draw_feature_maps(features, path, title))
             if erf:
                 size_of_field = shape or (512, 512)
-                fields = room.receptive_fields_of(network, size_of_field)
+                fields = receptive_fields_of(network, size_of_field)
                 title += ', {} x {}'.format(*size_of_field)
                 pictures.append(
-                    room.draw_receptive_fields(
+                    draw_receptive_fields(
                         fields, folder / 'receptive_fields.png', title
                     )
                 )
@@ -300,7 +308,7 @@ def learning_rate(
 
     from convnext_mm.apis.config import load_config
     from convnext_mm.apis.config_check import check_config
-    from convnext_mm.apis.show.learning_rate import draw_schedule, schedule_of
+    from convnext_mm.apis.show import draw_schedule, schedule_of
 
     with _logs_aside():
         cfg = load_config(config, data_root=data_root, cfg_options=cfg_options)
@@ -408,6 +416,7 @@ Examples:
     '--count',
     type=click.IntRange(1),
     default=8,
+    metavar='N',
     show_default=True,
     help='How many samples.',
 )
@@ -415,6 +424,7 @@ Examples:
     '--seed',
     type=click.IntRange(0, 2**32 - 1),
     default=0,
+    metavar='N',
     show_default=True,
     help='Of the choice of samples and of augmentation.',
 )
@@ -435,7 +445,7 @@ def data(
     normalisation, mixing) comes later. CONFIG is a path, or the name of a recipe
     (`convnext-mm zoo`)."""
     from convnext_mm.apis.config import load_config
-    from convnext_mm.apis.show.samples import draw_samples, write_samples
+    from convnext_mm.apis.show import draw_samples, write_samples
 
     with _logs_aside():
         cfg = load_config(config, data_root=data_root, cfg_options=cfg_options)

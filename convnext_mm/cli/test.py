@@ -41,7 +41,7 @@ Examples:
     '--deploy', is_flag=True, help='Fold and pack the backbone for inference first.'
 )
 @click.pass_context
-def command(ctx: click.Context, gpus: int | None, **options: Any) -> int:
+def command(ctx: click.Context, /, gpus: int | None, **options: Any) -> int:
     """Evaluate MODEL on its test set, and print what was measured beside what is
     published. MODEL is the name of a trained model (`convnext-mm zoo`), whose
     weights are fetched; a config with a CHECKPOINT (path or address); or a work

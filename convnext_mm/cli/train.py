@@ -61,7 +61,9 @@ Examples:
     help='Also log there; one or several.',
 )
 @click.pass_context
-def command(ctx: click.Context, config: str, gpus: int | None, **options: Any) -> Any:
+def command(
+    ctx: click.Context, /, config: str, gpus: int | None, **options: Any
+) -> Any:
     """Train the model of CONFIG: MMDetection's, MMSegmentation's or MMPretrain's,
     whichever its default_scope says. CONFIG is a path, or the name of a recipe
     (`convnext-mm zoo`). Without a GPU it trains on the CPU."""

@@ -89,7 +89,8 @@ def _print_table(models: list[Any]) -> None:
     for model in models:
         state = 'fetched' if model.cached else 'by name' if model.weights else 'none'
         figures = ', '.join(
-            f'{value} {name.partition(" (")[0]}' for name, value in model.metrics.items()
+            f'{value} {name.partition(" (")[0]}'
+            for name, value in model.metrics.items()
         )
         table.add_row(model.shortest, figures, state)
     Console().print(table)

@@ -1,5 +1,6 @@
 """From pictures to objects and masks, with a trained model."""
 
+import errno
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -8,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task
 from rich.text import Text
@@ -68,7 +70,7 @@ def infer(
     pictures: bool = True,
     data: bool = True,
     ground_truth: str | None = None,
-    opacity: float = 0.6,
+    opacity: float = 0.5,
     with_labels: bool = True,
     every: int = 1,
     limit: int | None = None,
@@ -99,7 +101,7 @@ def infer(
         pictures, data: What to write into ``out``.
         ground_truth: Draw annotations beside: a json file in COCO format, or a
             folder of class maps.
-        opacity: Of a segmentor's colours.
+        opacity: Of the colours over a picture.
         with_labels: Write the names of classes into a segmentor's pictures.
         every: Of videos only each so many-th frame.
         limit: Stop after so many pictures.
@@ -110,11 +112,10 @@ def infer(
         result: To be filled; a caller has it also after Ctrl-C.
 
     Raises:
-        ConfigError: A name or setting is wrong.
+        ConfigError: A name or setting is wrong, or the disk is full.
         CheckpointError: The weights cannot be fetched or read, or do not fit.
         DataError: There is nothing to look at, or no picture could be used. Others
             that cannot are in ``failures``.
-        OSError: The disk is full.
     """
     _check(batch_size=batch_size, every=every)
     _check_share(threshold=threshold, opacity=opacity)
@@ -153,27 +154,31 @@ def infer(
     pictures_read = _usable(
         sources.read(found, predictor.max_pixels, every), result, limit
     )
-    start = time.monotonic()
-    with _progress(progress, total) as advance, writer or nullcontext():
-        for batch in _batches(pictures_read, batch_size, predictor.can_batch):
-            for picture, sample in zip(batch, predictor(batch)):
-                prediction = to_prediction(
-                    picture, sample, predictor.classes, threshold
-                )
-                _count(result, prediction)
-                if keep:
-                    result.predictions.append(prediction)
-                if writer is not None:
-                    writer.add_prediction(prediction)
-                if writer is not None and pictures:
-                    if truth is not None:
-                        truth.add_to(sample, picture)
-                    drawn = predictor.draw(
-                        picture, sample, threshold, opacity, with_labels
-                    )
-                    writer.add_picture(picture, drawn)
-                result.seconds = time.monotonic() - start
-                advance()
+    try:
+        with _progress(progress, total) as advance, writer or nullcontext():
+            start = time.monotonic()
+            for batch in _batches(pictures_read, batch_size, predictor.can_batch):
+                for picture, sample in zip(batch, predictor(batch, threshold)):
+                    prediction = to_prediction(picture, sample, predictor.classes)
+                    if writer is not None:
+                        writer.add_prediction(prediction)
+                    if writer is not None and pictures:
+                        if truth is not None:
+                            truth.add_to(sample, picture)
+                        drawn = predictor.draw(picture, sample, opacity, with_labels)
+                        writer.add_picture(picture, drawn)
+                    if keep:
+                        result.predictions.append(prediction)
+                    _count(result, prediction)
+                    result.seconds = time.monotonic() - start
+                    advance()
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise
+        raise ConfigError(
+            f'{out}: {error.strerror}. {result.pictures} pictures are done; free disk, '
+            'or give another folder with --out'
+        ) from None
     if not result.pictures:
         raise DataError(f'no picture could be used: {"; ".join(result.failures[:3])}')
     return result
@@ -221,10 +226,11 @@ def _batches(
 
 def _count(result: Inference, prediction: 'Prediction') -> None:
     result.pictures += 1
-    labels = prediction.labels
-    if labels is None:
-        labels = set(prediction.class_map.ravel().tolist())  # type: ignore[union-attr]
-    result.objects.update(prediction.classes[int(label)] for label in labels)
+    if prediction.class_map is not None:
+        labels = np.unique(prediction.class_map)
+    else:
+        labels = np.asarray(prediction.labels)
+    result.objects.update(prediction.classes[label] for label in labels.tolist())
 
 
 class _Speed(ProgressColumn):

@@ -105,9 +105,10 @@ def _pixels(
             'knows: save it with 8 bits'
         )
     note = None
-    if getattr(image, 'n_frames', 1) > 1 and image.format != 'MPO':
+    frames = getattr(image, 'n_frames', 1)
+    if frames > 1 and image.format != 'MPO':
         image.seek(0)
-        note = f'of {image.n_frames} frames or pages the first is taken'
+        note = f'of {frames} frames or pages the first is taken'
     image = ImageOps.exif_transpose(image)
     if image.has_transparency_data:
         image = image.convert('RGBA')
@@ -122,7 +123,7 @@ def _pixels(
 def _what_it_is(data: bytes) -> str:
     """What else the first bytes stand for."""
     known = {
-        b'%PDF': 'a PDF: save its pages as pictures',
+        b'%pdf': 'a PDF: save its pages as pictures',
         b'<svg': 'an SVG drawing: save it as PNG',
         b'<?xm': 'XML: save an SVG drawing as PNG',
         b'<!do': 'a web page: the address of the picture itself is needed',

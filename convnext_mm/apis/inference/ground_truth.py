@@ -61,13 +61,13 @@ class Objects:
         if number is None:
             return
         height, width = picture.image.shape[:2]
-        scale = np.float64([width / picture.size[0], height / picture.size[1]] * 2)
+        scale = np.array([width / picture.size[0], height / picture.size[1]] * 2)
         boxes, labels, masks = [], [], []
         for found in self.coco.imgToAnns[number]:
             if found['category_id'] not in self.category_ids or found.get('iscrowd'):
                 continue
             left, top, across, down = found['bbox']
-            boxes.append(np.float64([left, top, left + across, top + down]) * scale)
+            boxes.append(np.array([left, top, left + across, top + down]) * scale)
             labels.append(self.category_ids.index(found['category_id']))
             if found.get('segmentation'):
                 masks.append(

@@ -56,7 +56,7 @@ class Outputs:
     ) -> None:
         self.folder = Path(folder)
         self.classes, self.data = tuple(classes), data
-        self.palette = np.uint8(palette)[:256]
+        self.palette = np.array(palette, np.uint8)[:256]
         self.category_ids = category_ids or _category_ids(self.classes)
         self.image_ids = dict(image_ids or {})
         self._video: tuple[Video, cv2.VideoWriter, Path, tuple[int, int]] | None = None
@@ -127,7 +127,7 @@ class Outputs:
             target = self.folder / 'pictures' / f'{video.name}.mp4'
             partial = target.with_name(f'{target.stem}.part.mp4')
             partial.parent.mkdir(parents=True, exist_ok=True)
-            fourcc = cv2.VideoWriter_fourcc(*'mp4v')
+            fourcc = cv2.VideoWriter.fourcc(*'mp4v')
             writer = cv2.VideoWriter(str(partial), fourcc, video.fps, (width, height))
             if not writer.isOpened():
                 raise ConfigError(
@@ -185,7 +185,6 @@ class Outputs:
             ]
             self._json = _CocoFile(self.folder / 'predictions.json', categories)
         name = Path(prediction.file).name
-        number = self.image_ids.get(name, None if self.image_ids else 0)
         image: dict[str, Any] = dict(file_name=prediction.file)
         if prediction.frame is not None:
             image['frame'] = prediction.frame
@@ -207,7 +206,7 @@ class Outputs:
             box = (f'{v:.2f}' for v in (left, top, right, bottom))
             what = (self.classes[label], f'{score:.5f}', *box, f'{area:.0f}')
             rows.append((*_where(prediction), *what))
-        self._json.add(image, prediction.size, objects, number or None)
+        self._json.add(image, prediction.size, objects, self.image_ids.get(name))
         columns = 'file frame class score left top right bottom area'.split()
         self._add_rows(columns, rows)
 
@@ -239,7 +238,7 @@ class _CocoFile:
         objects: list[dict],
         number: int | None,
     ) -> None:
-        number = number or len(self.images) + 1
+        number = len(self.images) + 1 if number is None else number
         width, height = size
         self.images.append(dict(id=number, width=width, height=height, **image))
         for found in objects:

@@ -41,16 +41,13 @@ class Prediction:
     class_map: np.ndarray | None = None
 
 
-def to_prediction(
-    picture: Picture, sample: Any, classes: Sequence[str], threshold: float
-) -> Prediction:
+def to_prediction(picture: Picture, sample: Any, classes: Sequence[str]) -> Prediction:
     """The data sample of MMDetection or MMSegmentation as a prediction.
 
     Args:
         picture: It is of.
         sample: On the CPU.
         classes: The model's.
-        threshold: Objects with lower scores are left out.
     """
     known: dict[str, Any] = dict(
         name=picture.name,
@@ -64,10 +61,10 @@ def to_prediction(
         small = small.astype(np.uint8 if len(classes) <= 256 else np.uint16)
         return Prediction(**known, class_map=_resized(small, picture.size))
     found = sample.pred_instances
-    found = found[found.scores >= threshold]
-    found = found[found.scores.argsort(descending=True)]
     height, width = picture.image.shape[:2]
-    scale = np.float32([picture.size[0] / width, picture.size[1] / height] * 2)
+    scale = np.array(
+        [picture.size[0] / width, picture.size[1] / height] * 2, np.float32
+    )
     masks = None
     if 'masks' in found:
         masks = [_encoded(mask, picture.size) for mask in found.masks.numpy()]

@@ -3,7 +3,6 @@ inferencer."""
 
 import contextlib
 import copy
-import inspect
 import io
 import logging
 import warnings
@@ -25,6 +24,7 @@ from convnext_mm.apis.zoo import resolve
 from convnext_mm.engine.errors import ConfigError
 from convnext_mm.models import ConvNeXt
 
+from .draw import draw_class_map, draw_objects
 from .sources import Picture
 
 # Larger pictures are shrunk before a model sees them: it resizes them anyway, and
@@ -88,7 +88,9 @@ class Predictor:
 
     @property
     def dataset_meta(self) -> dict[str, Any]:
-        return _network(self.inferencer.model).dataset_meta
+        """Names and colours of the classes."""
+        network: Any = _network(self.inferencer.model)
+        return network.dataset_meta
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -97,66 +99,71 @@ class Predictor:
     @property
     def reduce_zero_label(self) -> bool:
         """Whether 0 stands for no class in the data set's maps."""
-        dataset = DATASETS.get(self.cfg.test_dataloader.dataset.type)
-        default = inspect.signature(dataset).parameters.get('reduce_zero_label')
-        own = self.cfg.test_dataloader.dataset.get('reduce_zero_label')
-        return bool(default.default if own is None and default else own)
+        return self.inferencer.reduce_zero_label
 
     def can_batch(self, first: Picture, second: Picture) -> bool:
         """Detectors pad pictures to one size, segmentors do not."""
         return self.scope == 'mmdet' or first.image.shape == second.image.shape
 
-    def __call__(self, pictures: Sequence[Picture]) -> list[Any]:
+    def __call__(
+        self, pictures: Sequence[Picture], threshold: float = 0.3
+    ) -> list[Any]:
         """
         Args:
             pictures: A batch that :attr:`can_batch`.
+            threshold: Objects with lower scores are left out.
 
         Returns:
             A data sample of MMDetection or MMSegmentation for each, on the CPU,
-            in the pixels of ``picture.image``.
+            in the pixels of ``picture.image``; objects by score, highest first.
         """
         images = [picture.image for picture in pictures]
         with _quiet():
-            return self._samples(images)
+            samples = [sample.cpu() for sample in self._samples(images)]
+        for sample in samples:
+            if 'pred_instances' in sample:
+                found = sample.pred_instances
+                found = found[found.scores >= threshold]
+                order = found.scores.argsort(descending=True)
+                sample.pred_instances = found[order]
+        return samples
 
     def _samples(self, images: list[np.ndarray]) -> list[Any]:
         (batch,) = self.inferencer.preprocess(images, batch_size=len(images))
         if self.scope == 'mmdet':  # beside what it was made of
             batch = batch[1]
         with torch.inference_mode():
-            samples = self.inferencer.forward(batch)
-        return [sample.cpu() for sample in samples]
+            return self.inferencer.forward(batch)
 
     def draw(
-        self,
-        picture: Picture,
-        sample: Any,
-        threshold: float,
-        opacity: float,
-        with_labels: bool = True,
+        self, picture: Picture, sample: Any, opacity: float, with_labels: bool = True
     ) -> np.ndarray:
-        """What was found, drawn by the library's visualizer, beside the ground
-        truth where the sample has one.
+        """What was found; where the sample has ground truth, that on its left.
 
         Args:
             picture, sample: The same.
-            threshold: Lowest score of what is drawn.
-            opacity: Of a semantic segmentor's colours, in [0, 1].
-            with_labels: Write class names into a semantic segmentor's regions.
+            opacity: Of colours over the picture, in [0, 1].
+            with_labels: Write names into a segmentor's regions.
 
         Returns:
             (H, W, 3) uint8, red first.
         """
-        visualizer = self.inferencer.visualizer
-        settings: dict[str, Any] = dict(draw_gt='gt_instances' in sample)
-        if self.scope == 'mmdet':
-            settings['pred_score_thr'] = threshold
-        else:
-            visualizer.alpha = opacity
-            settings = dict(draw_gt='gt_sem_seg' in sample, with_labels=with_labels)
-        rgb = np.ascontiguousarray(picture.image[:, :, ::-1])
-        visualizer.add_datasample(picture.name, rgb, sample, **settings)
-        return visualizer.get_image()
+        rgb = picture.image[:, :, ::-1]
+        meta = self.dataset_meta
+        halves = []
+        for name in ('gt_instances', 'pred_instances', 'gt_sem_seg', 'pred_sem_seg'):
+            found = sample.get(name)
+            if found is None:
+                continue
+            if name.endswith('instances'):
+                half = draw_objects(rgb, found, **meta, opacity=opacity)
+            else:
+                class_map = found.data[0].numpy()
+                half = draw_class_map(
+                    rgb, class_map, **meta, opacity=opacity, with_labels=with_labels
+                )
+            halves.append(half)
+        return np.concatenate(halves, axis=1)
 
 
 @contextlib.contextmanager
@@ -203,11 +210,13 @@ class _OwnWeights:
     classes are those of the checkpoint or else of the config's data set."""
 
     def _load_weights_to_model(
-        self, model: nn.Module, checkpoint: dict[str, Any], cfg: Config
+        self, model: Any, checkpoint: dict[str, Any], cfg: Config
     ) -> None:
         mmengine_checkpoint._load_checkpoint_to_model(model, checkpoint, strict=True)
         dataset = dict(copy.deepcopy(cfg.test_dataloader.dataset), lazy_init=True)
-        of_config = dict(DATASETS.build(dataset).metainfo)
+        dataset = DATASETS.build(dataset)
+        of_config = dict(dataset.metainfo)
+        self.reduce_zero_label = bool(getattr(dataset, 'reduce_zero_label', False))
         meta = checkpoint.get('meta') or {}
         # MMDetection 2 and MMSegmentation 0 wrote capitals.
         stored = meta.get('dataset_meta') or meta
@@ -242,26 +251,13 @@ def _palette(count: int) -> list[tuple[int, int, int]]:
 
 
 def _build(cfg: Config, weights: str, device: str | None) -> BaseInferencer:
-    if cfg.default_scope == 'mmdet':
-        with _quiet():
-            from mmdet.apis import DetInferencer
-
-        class Detector(_OwnWeights, DetInferencer):
-            pass
-
-        kind: type = Detector
-    else:
-        with _quiet():
-            from mmseg.apis import MMSegInferencer
-
-        class Segmentor(_OwnWeights, MMSegInferencer):
-            pass
-
-        kind = Segmentor
-    name = dict(mmdet='DetLocalVisualizer', mmseg='SegLocalVisualizer')
-    visualizer = cfg.setdefault('visualizer', dict(type=name[cfg.default_scope]))
-    visualizer.update(vis_backends=None, name=f'convnext_mm-{id(cfg)}')
     with _quiet():
-        return kind(
-            model=cfg, weights=weights, device=device, show_progress=False
-        )
+        if cfg.default_scope == 'mmdet':
+            from mmdet.apis import DetInferencer as Inferencer
+        else:
+            from mmseg.apis import MMSegInferencer as Inferencer
+
+        class Own(_OwnWeights, Inferencer):
+            pass
+
+        return Own(model=cfg, weights=weights, device=device, show_progress=False)

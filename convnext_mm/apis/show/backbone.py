@@ -220,11 +220,12 @@ def _parts(backbone: ConvNeXt, stage: int) -> list[nn.Module]:
     return parts if norm is None else [*parts, norm]
 
 
-def _run_stage(parts: Sequence[nn.Module], x: Tensor) -> tuple[Tensor, Tensor]:
+def _run_stage(backbone: ConvNeXt, stage: int, x: Tensor) -> tuple[Tensor, Tensor]:
     """What the next stage gets, and what is emitted."""
-    downsample, blocks, *norm = parts
+    downsample, blocks, *norm = _parts(backbone, stage)
     x = blocks(downsample(x))
-    return x, norm[0](x) if norm else x
+    out = x.mean((2, 3), keepdim=True) if backbone.gap_before_final_norm else x
+    return x, norm[0](out) if norm else out
 
 
 @torch.no_grad()
@@ -240,7 +241,7 @@ def _count(backbone: ConvNeXt, size: Shape) -> tuple[list[Shape], list[int]]:
     shapes, flops = [], []
     for i in range(len(backbone.stages)):
         with FlopCounterMode(display=False) as counter:
-            x, _ = _run_stage(_parts(backbone, i), x)
+            x, _ = _run_stage(backbone, i, x)
         height, width = x.shape[2:]
         shapes.append((height, width))
         flops.append(counter.get_total_flops() // 2)
@@ -274,12 +275,14 @@ def _saved(backbone: ConvNeXt, shapes: Sequence[Shape]) -> list[int]:
 
 
 def _run_stages(
-    backbone: ConvNeXt, number: int, x: Tensor, outs: list[Tensor]
+    backbone: ConvNeXt, number: int, x: Tensor, maps: list[Tensor]
 ) -> list[Tensor]:
-    """Runs the first stages, and notes what they emit."""
+    """Runs the first stages, notes their maps, and gives what they emit."""
+    outs = []
     for i in range(number):
-        x, emitted = _run_stage(_parts(backbone, i), x)
-        outs.append(emitted)
+        x, out = _run_stage(backbone, i, x)
+        maps.append(x)
+        outs.append(out)
     return outs
 
 

@@ -1,6 +1,7 @@
 """What the pictures share."""
 
 import contextlib
+import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,7 +26,7 @@ def folder(out: str | os.PathLike) -> Path:
     try:
         path.mkdir(parents=True, exist_ok=True)
         if not os.access(path, os.W_OK):
-            raise PermissionError(0, 'Permission denied')
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
         raise ConfigError(
             f'pictures cannot be written into {str(path)!r} ({error.strerror}): give '
