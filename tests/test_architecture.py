@@ -13,9 +13,8 @@ PACKAGE = ROOT / 'convnext_mm'
 # From the top; rooms of one floor know nothing of each other. Each floor may
 # import from those below it. docs/architecture.md draws it.
 LADDER = (
-    ('__main__',),
+    ('__init__', '__main__'),
     ('cli',),
-    ('__init__',),
     ('public',),
     ('apis',),
     ('engine',),
@@ -154,7 +153,7 @@ def test_the_picture_is_the_ladder():
         for below in several.split(' & ')
     ]
     drawn = {name for arrow in arrows for name in arrow}
-    assert drawn == set(FLOORS) - {'__init__', 'version'} | {'tools'}
+    assert drawn == set(FLOORS) - {'__init__', '__main__', 'version'} | {'tools'}
     floors = {**FLOORS, 'tools': -1}
     assert [arrow for arrow in arrows if floors[arrow[0]] >= floors[arrow[1]]] == []
     files = set(re.findall(r'`((?:\w+/)+\w+\.(?:py|sh|yml))`', page))

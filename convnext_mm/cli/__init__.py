@@ -100,8 +100,4 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (click.Abort, KeyboardInterrupt):
         print('Stopped.', file=sys.stderr)
         raise SystemExit(130) from None
-    except BrokenPipeError:
-        # `| head` has seen enough.
-        sys.stderr.close()
-        raise SystemExit(0) from None
     return status if isinstance(status, int) else 0

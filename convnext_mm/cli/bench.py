@@ -68,15 +68,15 @@ Examples:
     metavar='GIB',
     help='Whole models: find the largest batch that trains with so much GPU memory.',
 )
-@click.option('--rounds', type=int, help='Measured rounds.')
+@click.option('--rounds', type=int, help='Measured rounds.  [default: 5]')
 @click.option('--warmup', type=int, help='Rounds before.  [default: 1; on a GPU 3]')
-@click.option('--device', type=click.Choice(['cpu', 'cuda']))
+@click.option('--device', type=click.Choice(['cpu', 'cuda']), help='[default: cpu]')
 @click.option(
     '--clock',
     type=click.Choice(['wall', 'cpu']),
     help='cpu: time spent computing, for one thread on a busy machine.',
 )
-@click.option('--threads', type=int, help='Of the CPU.')
+@click.option('--threads', type=int, help='Of the CPU.  [default: 1]')
 @click.option(
     '--plot',
     multiple=True,

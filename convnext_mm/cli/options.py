@@ -1,6 +1,7 @@
 """What commands share: how they end, and options that several have."""
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -35,7 +36,13 @@ class Command(click.Command):
         from convnext_mm.apis.config import short_errors
 
         with short_errors():
-            return super().invoke(ctx)
+            try:
+                return super().invoke(ctx)
+            except BrokenPipeError:
+                # `| head` has seen enough. What is still in Python's own buffer
+                # must go somewhere when it ends.
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                return 0
 
 
 def _one_by_one(args: list[str], several: set[str]) -> Iterator[str]:

@@ -97,12 +97,13 @@ def test_sdist_holds_the_repository(built, tracked):
     assert tracked - names == set()
 
 
-def test_wheel_holds_the_package_alone(wheel, tracked):
+def test_wheel_holds_the_package_and_configs_alone(wheel, tracked):
     with zipfile.ZipFile(wheel) as file:
         names = set(file.namelist())
         about = f'convnext_mm-{convnext_mm.__version__}.dist-info'
         licence = file.read(f'{about}/licenses/LICENSE').decode()
     package = {n for n in tracked if n.startswith('convnext_mm/')}
+    package |= {f'convnext_mm/{n}' for n in tracked if n.startswith('configs/')}
     assert 'convnext_mm/py.typed' in package
     assert {n for n in names if not n.startswith(f'{about}/')} == package
     assert licence == (ROOT / 'LICENSE').read_text()
@@ -154,6 +155,12 @@ def test_the_wheel_works_without_the_checkout(wheel, tmp_path):
     said = run(sys.executable, '-c', USE, **options)
     assert '(1, 320, 2, 2)]' in said
     assert f'imported {target / "convnext_mm" / "__init__.py"}\n' in said
+    command = (sys.executable, '-m', 'convnext_mm')
+    assert str(target / 'convnext_mm/configs') in run(*command, 'configs', **options)
+    said = run(*command, 'zoo', '--trained', **options)
+    assert '23 recipes, 23 with trained weights' in said
+    said = run(*command, 'flops', 'upernet_convnext-t', **options)
+    assert re.search(r'total +│ +60.2 │ +938.5', said)
     assert len(list(elsewhere.glob('shapes/images/*/*.png'))) == 3
 
 
