@@ -1,12 +1,16 @@
 """What commands share: the config they name, and errors as one sentence."""
 
 import contextlib
+import io
 import logging
 import os
 import os.path as osp
+import shutil
 import sys
 import traceback
 from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config
@@ -51,6 +55,7 @@ def load_config(
     cfg = Config.fromfile(path)
     if cfg.get('default_scope') in NEED_OPERATORS:
         check_operators()
+        _import_quietly(cfg.default_scope)
     cfg.launcher = launcher
     if cfg_options is not None:
         cfg.merge_from_dict(cfg_options)
@@ -68,6 +73,13 @@ def load_config(
     return cfg
 
 
+def program() -> str:
+    """How a user calls the command line of this environment."""
+    if shutil.which('convnext-mm'):
+        return 'convnext-mm'
+    return os.path.relpath(Path(sys.executable).with_name('convnext-mm'))
+
+
 def check_operators() -> None:
     """MMEngine would go on without a library that does not import, and then say
     that it does not know the model's type.
@@ -82,6 +94,14 @@ def check_operators() -> None:
             f"mmcv's operators do not import ({error}): `{sys.executable} -m "
             'convnext_mm.compat.mmcv_ops` brings some that need no compiler'
         ) from error
+
+
+def _import_quietly(library: str) -> None:
+    """The libraries print what they do not find, and do without it. What does not
+    import at all MMEngine says where it is needed."""
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(Exception):
+        import_module(f'{library}.datasets')
+        import_module(f'{library}.models')
 
 
 def _replace_prefix(node: Any, old: str, new: str) -> Any:

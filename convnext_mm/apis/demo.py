@@ -1,6 +1,7 @@
 """Training a demo config on drawn shapes, and showing what it learned."""
 
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -18,31 +19,30 @@ from convnext_mm.datasets import write_shapes
 from convnext_mm.datasets.data_paths import check_data
 from convnext_mm.engine.launch import fit_to_device, running
 
-from .config import load_config
+from .config import load_config, program
 from .config_check import check_config
 
 NUM_PICTURES = 8
 NEXT_STEPS = {
     'mmdet': (
         'train on COCO',
-        'bash tools/dist_train.sh configs/mask_rcnn/'
-        'mask-rcnn_convnext-t_fpn_8xb2-amp-ms-crop-3x_coco.py 8 --data-root '
-        'data/coco',
+        '{program} train mask-rcnn_convnext-t_fpn_8xb2-amp-ms-crop-3x_coco --gpus 8 '
+        '--data-root data/coco',
     ),
     'mmseg': (
         'train on ADE20K',
-        'bash tools/dist_train.sh configs/upernet/'
-        'convnext-tiny_upernet_8xb2-amp-160k_ade20k-512x512.py 8 '
+        '{program} train convnext-tiny_upernet_8xb2-amp-160k_ade20k-512x512 --gpus 8 '
         '--data-root data/ade/ADEChallengeData2016',
     ),
 }
 NEXT_STEPS_OF_ALL = (
+    ('look at pictures with it', '{program} infer {work_dir} {data_root}/images'),
     (
         'use it in your own config',
         "backbone=dict(type='convnext_mm.ConvNeXt', "
         "arch='tiny', out_indices=(0, 1, 2, 3))",
     ),
-    ('the same on one GPU', '.venv/bin/python tools/train.py {config} --amp'),
+    ('the same on one GPU', '{program} train {config} --amp'),
 )
 
 
@@ -197,7 +197,14 @@ def report(
     console.print('\nNext:')
     for what, command in (NEXT_STEPS[cfg.default_scope], *NEXT_STEPS_OF_ALL):
         console.print(
-            f'  {what}:\n    ' + command.format(config=cfg.filename), markup=False
+            f'  {what}:\n    '
+            + command.format(
+                program=program(),
+                config=os.path.relpath(cfg.filename),
+                work_dir=work_dir,
+                data_root=cfg.data_root.rstrip('/'),
+            ),
+            markup=False,
         )
     if not reached:
         console.print(

@@ -2,6 +2,7 @@
 them."""
 
 import difflib
+import glob
 import os
 import re
 from dataclasses import dataclass, field
@@ -194,6 +195,9 @@ def find_config(name: str) -> Path:
     if model is not None:
         return model.config
     file = Path(name).name
+    if name == file:
+        for path in configs_folder().rglob(f'{glob.escape(Path(name).stem)}.py'):
+            return path
     files = {
         p.name: p for p in Path('configs').rglob('*.py') if '_base_' not in p.parts
     }

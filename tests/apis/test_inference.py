@@ -8,6 +8,7 @@ import io
 import json
 import os
 import re
+import shutil
 import struct
 import sys
 import threading
@@ -644,3 +645,17 @@ def test_ctrl_c(command, tmp_path, monkeypatch, capsys):
     said = capsys.readouterr()
     assert '2 pictures' in said.out and 'Stopped' in said.err
     assert len(whole(tmp_path / 'outputs')) == 2
+
+
+def test_a_work_folder(weights, shapes, tmp_path, capsys):
+    """What training leaves is a model: its config, and its best checkpoint."""
+    work_dir = tmp_path / 'work_dirs/run'
+    work_dir.mkdir(parents=True)
+    Config.fromfile(ROOT / SHAPES).dump(work_dir / 'config.py')
+    shutil.copy(weights[SHAPES], work_dir / 'best_coco_bbox_mAP_iter_8.pth')
+    (work_dir / 'iter_9.pth').write_bytes(b'torn')
+    out = tmp_path / 'out'
+    folder = shapes / 'images/validation'
+    assert main(['infer', str(work_dir), str(folder), '--out', str(out)]) == 0
+    assert len(list((out / 'pictures').iterdir())) == 3
+    assert '3 pictures' in capsys.readouterr().out

@@ -55,7 +55,7 @@ def read_panels(paths: Sequence[str]) -> dict[tuple[str, str, str], list[Bar]]:
         except ValueError:
             result = None
         if not isinstance(result, dict) or 'rows' not in result:
-            raise ValueError(f'{path} is no result of tools/benchmark.py')
+            raise ValueError(f'{path} is no result of `convnext-mm bench`')
         height, width = result['size']
         case = f'{result["arch"]}, {result["batch"]}x3x{height}x{width}'
         for row in result['rows']:
