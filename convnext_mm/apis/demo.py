@@ -21,8 +21,10 @@ from convnext_mm.engine.launch import fit_to_device, running
 
 from .config import load_config, program
 from .config_check import check_config
+from .draw import draw_sample
 
 NUM_PICTURES = 8
+THRESHOLD = 0.3  # lowest score that is drawn
 NEXT_STEPS = {
     'mmdet': (
         'train on COCO',
@@ -150,10 +152,9 @@ def draw_pictures(runner: Runner, folder: Path) -> None:
         sample = runner.model.test_step(pseudo_collate([dataset[index]]))[0]
         image = mmcv.imread(sample.img_path, channel_order='rgb')
         path = folder / Path(sample.img_path).name
-        runner.visualizer.add_datasample(
-            path.stem, image, sample.cpu(), out_file=str(path)
-        )
-        pictures.append(mmcv.imread(path, channel_order='rgb'))
+        drawn = draw_sample(image, sample.cpu(), dataset.metainfo, threshold=THRESHOLD)
+        mmcv.imwrite(drawn[:, :, ::-1], str(path))
+        pictures.append(drawn)
     rows = (len(pictures) + 1) // 2
     figure = Figure(figsize=(8, 2 * rows), layout='tight')
     axes = figure.subplots(rows, 2, squeeze=False)

@@ -130,11 +130,12 @@ def _report(result: Any, out: str) -> None:
     console = Console(soft_wrap=True, highlight=False)
     for note, files in result.notes.items():
         console.print(f'{_some(files)}: {note}', markup=False)
-    speed = result.pictures / result.seconds if result.seconds else 0
+    each = result.seconds / max(1, result.pictures)
+    speed = f'{1 / each:.1f} a second' if 0 < each < 1 else f'{each:.1f} s each'
     most = ', '.join(f'{n} {name}' for name, n in result.objects.most_common(SHOWN))
     pictures = f'{result.pictures} picture{"s" * (result.pictures != 1)}'
     console.print(
-        f'{pictures}, {speed:.1f} a second'
+        f'{pictures}, {speed}'
         + (f': {most}' if most else ': nothing was found')
         + (', ...' if len(result.objects) > SHOWN else ''),
         markup=False,

@@ -108,7 +108,7 @@ def test_demo_shows_and_judges(tmp_path):
         check=False,
     )
     assert 'NOT REACHED' in said and 'did not reach' in said, said[-3000:]
-    assert 'configs/upernet/convnext-tiny_upernet' in said
+    assert 'convnext-mm train convnext-tiny_upernet' in said
     assert len(list((tmp_path / 'work' / 'pictures').glob('*.png'))) == 4
     for name in ('overview.png', 'curves.png'):
         assert (tmp_path / 'work' / name).stat().st_size > 10_000

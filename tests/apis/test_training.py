@@ -241,7 +241,8 @@ def test_demo_shows_and_judges(tmp_path):
         check=False,
     )
     assert 'NOT REACHED' in said and 'did not reach' in said, said[-3000:]
-    assert 'bash tools/dist_train.sh' in said
+    assert 'convnext-mm train mask-rcnn_convnext-t_fpn' in said
+    assert f'convnext-mm infer {tmp_path}/work {data}/images' in said
     assert len(list((tmp_path / 'work' / 'pictures').glob('*.png'))) == 4
     steps = [r['step'] for r in records(tmp_path / 'work') if 'loss' not in r]
     assert steps == [3, 6]

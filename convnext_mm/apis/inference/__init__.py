@@ -236,7 +236,11 @@ def _count(result: Inference, prediction: 'Prediction') -> None:
 class _Speed(ProgressColumn):
     def render(self, task: Task) -> Text:
         speed = task.finished_speed or task.speed
-        return Text(f'{speed:.1f} images/s' if speed else '')
+        if not speed:
+            return Text()
+        return Text(
+            f'{speed:.1f} images/s' if speed > 1 else f'{1 / speed:.1f} s/image'
+        )
 
 
 @contextmanager

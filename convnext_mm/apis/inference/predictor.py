@@ -1,30 +1,26 @@
 """A model that is ready to look at pictures, on MMDetection's or MMSegmentation's
 inferencer."""
 
-import contextlib
 import copy
-import io
-import logging
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from mmengine.config import Config
 from mmengine.infer import BaseInferencer
-from mmengine.logging import MMLogger
 from mmengine.registry import DATASETS, MODELS
 from mmengine.runner import checkpoint as mmengine_checkpoint
 from torch import nn
 
 from convnext_mm.apis.config import load_config
+from convnext_mm.apis.draw import colours, draw_sample
+from convnext_mm.apis.quiet import quiet
 from convnext_mm.apis.test import use_test_time_augmentation
 from convnext_mm.apis.zoo import resolve
 from convnext_mm.engine.errors import ConfigError
 from convnext_mm.models import ConvNeXt
 
-from .draw import draw_class_map, draw_objects
 from .sources import Picture
 
 # Larger pictures are shrunk before a model sees them: it resizes them anyway, and
@@ -118,7 +114,7 @@ class Predictor:
             in the pixels of ``picture.image``; objects by score, highest first.
         """
         images = [picture.image for picture in pictures]
-        with _quiet():
+        with quiet():
             samples = [sample.cpu() for sample in self._samples(images)]
         for sample in samples:
             if 'pred_instances' in sample:
@@ -149,41 +145,7 @@ class Predictor:
             (H, W, 3) uint8, red first.
         """
         rgb = picture.image[:, :, ::-1]
-        meta = self.dataset_meta
-        halves = []
-        for name in ('gt_instances', 'pred_instances', 'gt_sem_seg', 'pred_sem_seg'):
-            found = sample.get(name)
-            if found is None:
-                continue
-            if name.endswith('instances'):
-                half = draw_objects(rgb, found, **meta, opacity=opacity)
-            else:
-                class_map = found.data[0].numpy()
-                half = draw_class_map(
-                    rgb, class_map, **meta, opacity=opacity, with_labels=with_labels
-                )
-            halves.append(half)
-        return np.concatenate(halves, axis=1)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without what libraries tell their own developers."""
-    logger = MMLogger.get_current_instance()
-    level = logger.level
-    logger.setLevel(logging.WARNING)
-    logger.addFilter(_is_for_users)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter('ignore')
-            yield
-    finally:
-        logger.setLevel(level)
-        logger.removeFilter(_is_for_users)
-
-
-def _is_for_users(record: logging.LogRecord) -> bool:
-    return 'Failed to search registry' not in record.getMessage()
+        return draw_sample(rgb, sample, self.dataset_meta, opacity, with_labels)
 
 
 def _check_device(device: str | None) -> None:
@@ -229,29 +191,13 @@ class _OwnWeights:
                 'test_dataloader.dataset'
             )
         palette = of_config.get('palette') or stored.get('palette')
-        if not palette or len(palette) < len(classes):
-            palette = _palette(len(classes))
-        model.dataset_meta = dict(classes=tuple(classes), palette=palette)
-
-
-def _palette(count: int) -> list[tuple[int, int, int]]:
-    """Colours far from each other, the same in every run: hues a golden angle
-    apart, in three brightnesses."""
-    import colorsys
-
-    colours = []
-    for index in range(count):
-        red, green, blue = colorsys.hsv_to_rgb(
-            index * 0.381966 % 1,
-            (0.9, 0.65, 0.8)[index % 3],
-            (0.95, 0.95, 0.65)[index % 3],
+        model.dataset_meta = dict(
+            classes=tuple(classes), palette=colours(len(classes), palette)
         )
-        colours.append((round(255 * red), round(255 * green), round(255 * blue)))
-    return colours
 
 
 def _build(cfg: Config, weights: str, device: str | None) -> BaseInferencer:
-    with _quiet():
+    with quiet():
         if cfg.default_scope == 'mmdet':
             from mmdet.apis import DetInferencer as Inferencer
         else:

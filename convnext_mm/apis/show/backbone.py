@@ -18,12 +18,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from convnext_mm.analysis.complexity import build_model
 from convnext_mm.analysis.meter import saved_bytes
+from convnext_mm.apis.quiet import quiet
 from convnext_mm.checkpoint.load import load_pretrained
 from convnext_mm.engine.errors import ConfigError
 from convnext_mm.models import ConvNeXt
 
 from .learning_rate import layer_id, layer_of, optimizer_of, ranges
-from .output import quiet, save
+from .output import save
 
 Shape = tuple[int, int]
 # What is kept for backward grows linearly with the map: two sizes say how.

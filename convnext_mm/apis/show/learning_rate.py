@@ -18,11 +18,12 @@ from torch import nn
 from torch.optim import Optimizer
 
 from convnext_mm.analysis.complexity import build_model
+from convnext_mm.apis.quiet import quiet
 from convnext_mm.datasets.data_paths import check_data
 from convnext_mm.datasets.errors import DataError
 from convnext_mm.engine.errors import ConfigError
 
-from .output import GRID, quiet, save
+from .output import GRID, save
 
 POINTS = 500  # of a curve
 # What an epoch has where its length decides nothing.

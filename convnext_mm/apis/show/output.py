@@ -3,11 +3,9 @@
 import contextlib
 import errno
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 from matplotlib.figure import Figure
-from mmengine.logging import MMLogger
 
 from convnext_mm.engine.errors import ConfigError
 
@@ -55,15 +53,3 @@ def save(figure: Figure, path: Path, dpi: int = DPI) -> Path:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
     return path
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keeps back what models and constructors log while they are built."""
-    logger = MMLogger.get_current_instance()
-    level = logger.level
-    logger.setLevel('WARNING')
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

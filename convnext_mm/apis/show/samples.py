@@ -1,7 +1,6 @@
 """Images as a network gets them, with what it is to find."""
 
 import copy
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +12,9 @@ from matplotlib.figure import Figure
 from mmengine.config import Config
 from mmengine.registry import DATASETS, init_default_scope
 from mmengine.runner import set_random_seed
+from mmengine.structures import PixelData
 
+from convnext_mm.apis.draw import draw_sample
 from convnext_mm.datasets.data_paths import check_data
 from convnext_mm.engine.errors import ConfigError
 
@@ -21,8 +22,6 @@ from .output import save
 
 SPLITS = ('train', 'val', 'test')
 COLUMNS = 4
-# Boxes and names would cover smaller images.
-SMALLEST_SIDE = 400
 
 
 class Sample(NamedTuple):
@@ -69,7 +68,6 @@ def draw_samples(
     dataset: Any = DATASETS.build(copy.deepcopy(cfg[loader].dataset))
     set_random_seed(seed)
     chosen = np.random.default_rng(seed).permutation(len(dataset))[:count].tolist()
-    # Before any is drawn: mmdet's colours set NumPy's seed.
     packed = [dataset[index] for index in chosen]
     pipeline = _pipeline_of(dataset)
     return [
@@ -158,15 +156,18 @@ def _draw(
     image = _image(results['inputs'], pipeline.normalise)
     title = Path(sample.metainfo.get('img_path') or str(index)).name
     meta = dict(dataset.metainfo)
-    # The visualizer draws a panoptic sample's map at its own size.
-    is_panoptic = 'gt_instances' in sample and 'gt_sem_seg' in sample
-    factor = 1 if is_panoptic else -(-SMALLEST_SIDE // min(image.shape[:2]))
-    picture = image.repeat(factor, axis=0).repeat(factor, axis=1)
+    picture = image
     if 'gt_instances' in sample:
         before = sample.metainfo['ori_shape' if pipeline.loads_late else 'img_shape']
-        picture = _draw_instances(picture, before, sample, meta)
+        _fit_instances(sample.gt_instances, before, image.shape[:2])
+        picture = draw_sample(image, sample, meta)
     elif 'gt_sem_seg' in sample:
-        picture = _draw_classes(picture, sample, meta)
+        # Evaluation compares with maps of the size before resizing.
+        classes = F.interpolate(
+            sample.gt_sem_seg.data[None].float(), image.shape[:2], mode='nearest-exact'
+        )
+        sample.gt_sem_seg = PixelData(data=classes[0].long())
+        picture = draw_sample(image, sample, meta)
     elif 'gt_label' in sample:
         names = meta.get('classes') or []
         title += ': ' + ', '.join(
@@ -175,40 +176,15 @@ def _draw(
     return Sample(index, picture, title)
 
 
-def _draw_instances(
-    picture: np.ndarray, before: Sequence[int], sample: Any, meta: dict[str, Any]
-) -> np.ndarray:
-    """``before``: (H, W) of the image whose boxes these are."""
+def _fit_instances(
+    instances: Any, before: Sequence[int], shape: tuple[int, int]
+) -> None:
+    """From ``before``, (H, W) of the image whose boxes these are, to ``shape``."""
     from mmdet.structures.bbox import BaseBoxes
-    from mmdet.visualization import DetLocalVisualizer
 
-    height, width = picture.shape[:2]
-    instances = sample.gt_instances
-    boxes = instances.get('bboxes')
-    if boxes is not None:
-        boxes = boxes.tensor if isinstance(boxes, BaseBoxes) else boxes
-        scale = boxes.new_tensor([width / before[1], height / before[0]])
-        instances.bboxes = boxes * scale.repeat(boxes.shape[-1] // 2)
+    boxes = instances.bboxes
+    boxes = boxes.tensor if isinstance(boxes, BaseBoxes) else boxes
+    scale = boxes.new_tensor([shape[1] / before[1], shape[0] / before[0]])
+    instances.bboxes = boxes * scale.repeat(boxes.shape[-1] // 2)
     if 'masks' in instances:
-        instances.masks = instances.masks.resize((height, width)).to_ndarray() > 0
-    visualizer = DetLocalVisualizer('show', alpha=0.5)
-    visualizer.dataset_meta = meta
-    with warnings.catch_warnings():
-        warnings.filterwarnings('ignore', '.*out of bounds')  # masks at the border
-        visualizer.add_datasample('sample', picture, sample, draw_pred=False)
-    return visualizer.get_image()
-
-
-def _draw_classes(picture: np.ndarray, sample: Any, meta: dict[str, Any]) -> np.ndarray:
-    from mmengine.structures import PixelData
-    from mmseg.visualization import SegLocalVisualizer
-
-    # Evaluation compares with maps of the size before resizing.
-    classes = F.interpolate(
-        sample.gt_sem_seg.data[None].float(), picture.shape[:2], mode='nearest-exact'
-    )
-    sample.gt_sem_seg = PixelData(data=classes[0].long())
-    visualizer = SegLocalVisualizer('show', alpha=0.5)
-    visualizer.dataset_meta = meta
-    visualizer.add_datasample('sample', picture, sample, draw_pred=False)
-    return visualizer.get_image()
+        instances.masks = instances.masks.resize(shape).to_ndarray() > 0

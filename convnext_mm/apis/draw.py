@@ -1,6 +1,7 @@
-"""Pictures of what was found: colours that stay with a class, outlines, and labels
-that do not cover each other."""
+"""Pictures of objects and class maps: colours that stay with a class, outlines, and
+labels that do not cover each other."""
 
+import colorsys
 from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Any
@@ -13,6 +14,69 @@ from PIL import Image, ImageDraw, ImageFont
 SMALLEST = 640  # longer side in pixels: smaller pictures are enlarged, to be read
 SMALL_REGION = 0.003  # share of a picture below which a region has no label
 Colour = tuple[int, int, int]
+
+
+def draw_sample(
+    image: np.ndarray,
+    sample: Any,
+    meta: dict[str, Any],
+    opacity: float = 0.5,
+    with_labels: bool = True,
+    threshold: float = 0,
+) -> np.ndarray:
+    """What a data sample of MMDetection or MMSegmentation holds: ground truth on the
+    left, predictions on the right.
+
+    Args:
+        image: (H, W, 3) uint8, red first.
+        sample: On the CPU, in the pixels of ``image``.
+        meta: ``classes`` and ``palette`` of a data set.
+        opacity: Of colours over the picture, in [0, 1].
+        with_labels: Write names into a class map's regions.
+        threshold: Lowest score of a prediction that is drawn.
+
+    Returns:
+        (H', W', 3) uint8, red first; each half at least :data:`SMALLEST` on its
+        longer side.
+    """
+    classes = meta.get('classes') or ()
+    palette = colours(len(classes), meta.get('palette'))
+    halves = []
+    for name in ('gt_instances', 'pred_instances'):
+        if name in sample:
+            found = sample.get(name)
+            if 'scores' in found:
+                found = found[found.scores >= threshold]
+            halves.append(draw_objects(image, found, classes, palette, opacity))
+    if not halves:
+        for name in ('gt_sem_seg', 'pred_sem_seg'):
+            if name in sample:
+                class_map = sample.get(name).data[0].numpy()
+                halves.append(
+                    draw_class_map(
+                        image, class_map, classes, palette, opacity, with_labels
+                    )
+                )
+    return np.concatenate(halves or [_enlarged(image)[0]], axis=1)
+
+
+def colours(count: int, palette: Any = None) -> list[Colour]:
+    """A data set's palette; or, where it has none for all classes, colours far from
+    each other: hues a golden angle apart in three brightnesses.
+
+    Args:
+        count: Of classes.
+        palette: Triples, red first; anything else is none.
+    """
+    if isinstance(palette, (list, tuple)) and len(palette) >= count:
+        return [(int(r), int(g), int(b)) for r, g, b in palette[:count]]
+    found = []
+    for index in range(count):
+        hue, kind = index * 0.381966 % 1, index % 3
+        rgb = colorsys.hsv_to_rgb(hue, (0.9, 0.65, 0.8)[kind], (0.95, 0.95, 0.65)[kind])
+        red, green, blue = (round(255 * value) for value in rgb)
+        found.append((red, green, blue))
+    return found
 
 
 def draw_objects(
