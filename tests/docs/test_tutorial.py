@@ -53,7 +53,9 @@ class Notebook:
 
     def run_cell(self, source: str) -> None:
         self.namespace['_shell'] = self.shell
-        source = re.sub(r'(?m)^!(.+)$', lambda m: f'_shell({m[1]!r})', source)
+        source = re.sub(
+            r'(?m)^!((?:.*\\\n)*.+)$', lambda m: f'_shell({m[1]!r})', source
+        )
         *body, last = ast.parse(source).body
         if not isinstance(last, ast.Expr):
             body, last = [*body, last], None
