@@ -1,7 +1,6 @@
 """What commands share: the config they name, and errors as one sentence."""
 
 import contextlib
-import io
 import logging
 import os
 import os.path as osp
@@ -24,6 +23,7 @@ from convnext_mm.engine import supervision
 from convnext_mm.engine.agreement import Interrupted
 from convnext_mm.engine.errors import ConfigError, TrainingError
 
+from .quiet import quiet
 from .zoo import find_config
 
 NEED_OPERATORS = ('mmdet', 'mmseg')  # scopes of configs
@@ -99,9 +99,9 @@ def check_operators() -> None:
 def _import_quietly(library: str) -> None:
     """The libraries print what they do not find, and do without it. What does not
     import at all MMEngine says where it is needed."""
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(Exception):
-        import_module(f'{library}.datasets')
-        import_module(f'{library}.models')
+    with quiet(), contextlib.suppress(Exception):
+        for room in ('datasets', 'models', 'evaluation'):
+            import_module(f'{library}.{room}')
 
 
 def _replace_prefix(node: Any, old: str, new: str) -> Any:

@@ -59,6 +59,7 @@ def prepare(
     cfg = load_config(config, **options)
     check_source(checkpoint)
     cfg.load_from = checkpoint
+    cfg.resume = False  # the config of a run that was resumed says True
     if show or show_dir:
         draw_predictions(cfg, show, show_dir, wait_time)
     if tta:

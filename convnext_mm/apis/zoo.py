@@ -1,5 +1,6 @@
-"""Recipes and trained models by name, as the metafiles beside the configs list
-them."""
+"""Recipes and trained models by name, as the metafiles beside the configs list them.
+
+What needs PyTorch is imported where it is called: names are completed in a shell."""
 
 import difflib
 import glob
@@ -13,9 +14,6 @@ from typing import Any
 import yaml
 
 from convnext_mm.archs import ARCHS
-from convnext_mm.checkpoint import CheckpointDownloadError
-from convnext_mm.checkpoint.remote import cache_path, fetch
-from convnext_mm.engine import work_folder
 from convnext_mm.engine.errors import ConfigError
 
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -68,6 +66,8 @@ class Model:
         """The file of its weights, where it has been fetched."""
         if self.weights is None:
             return None
+        from convnext_mm.checkpoint.remote import cache_path
+
         path = cache_path(self.weights)
         return path if path.is_file() else None
 
@@ -82,6 +82,9 @@ class Model:
             CheckpointDownloadError: They cannot be fetched; says where a file that
                 was fetched elsewhere is to be put.
         """
+        from convnext_mm.checkpoint import CheckpointDownloadError
+        from convnext_mm.checkpoint.remote import cache_path, fetch
+
         if self.weights is None:
             trained = [m.shortest for m in models() if m.weights]
             raise ConfigError(
@@ -248,6 +251,8 @@ def resolve(model: str, checkpoint: str | None = None) -> tuple[str, str, Model 
 
 def _in_work_folder(folder: Path, checkpoint: str | None) -> tuple[str, str]:
     """The config that a run has left, and its best checkpoint or else the newest."""
+    from convnext_mm.engine import work_folder
+
     configs = sorted(folder.glob('*.py'), key=lambda path: path.stat().st_mtime)
     if not configs:
         raise ConfigError(

@@ -3,6 +3,7 @@
 Each command has a module of its own, imported when it is called or its own help
 is asked for. At its top a module imports click and what has no requirements."""
 
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -90,6 +91,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         SystemExit: With status 2 after a mistake in the arguments, 1 with one
             sentence after any other, 130 after Ctrl-C.
     """
+    # A Jupyter of another environment leaves it to the commands that it starts.
+    if os.environ.get('MPLBACKEND', '').startswith('module://'):
+        os.environ['MPLBACKEND'] = 'agg'
     try:
         status = program.main(
             None if argv is None else list(argv), PROGRAM, standalone_mode=False

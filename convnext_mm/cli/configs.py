@@ -2,15 +2,12 @@
 
 import click
 
-from .options import Command
-
 
 @click.command(
-    cls=Command,
     epilog="""\b
 Examples:
   convnext-mm configs
-  convnext-mm configs --copy my_configs""",
+  convnext-mm configs --copy my_configs"""
 )
 @click.option('--copy', metavar='DIR', help='Copy all configs into a new folder.')
 def command(copy: str | None) -> None:
@@ -19,7 +16,6 @@ def command(copy: str | None) -> None:
     import shutil
 
     from convnext_mm.apis.zoo import configs_folder
-    from convnext_mm.engine.errors import ConfigError
 
     if copy is None:
         click.echo(configs_folder())
@@ -29,7 +25,7 @@ def command(copy: str | None) -> None:
             configs_folder(), copy, ignore=shutil.ignore_patterns('__pycache__')
         )
     except FileExistsError:
-        raise ConfigError(f'{copy} exists: name a new folder') from None
+        raise SystemExit(f'error: {copy} exists: name a new folder') from None
     except OSError as error:
-        raise ConfigError(f'{copy} cannot be written: {error}') from None
+        raise SystemExit(f'error: {copy} cannot be written: {error}') from None
     click.echo(f'copied to {copy}')

@@ -31,12 +31,14 @@ def command(config: str, shape: tuple[int, int] | None) -> None:
 
     from convnext_mm.analysis.complexity import default_shape, measure, total
     from convnext_mm.apis.config import load_config
+    from convnext_mm.apis.quiet import quiet
     from convnext_mm.engine.errors import ConfigError
 
     cfg = load_config(config)
     try:
         size = shape or default_shape(cfg)
-        costs = measure(cfg, size)
+        with quiet():
+            costs = measure(cfg, size)
     except ValueError as error:
         raise ConfigError(str(error)) from None
     table = Table(title=f'{config}, one image of {size[0]} x {size[1]}')
@@ -49,7 +51,7 @@ def command(config: str, shape: tuple[int, int] | None) -> None:
             table.add_section()
         table.add_row(
             name,
-            f'{cost.params / 1e6:.1f}',
+            f'{cost.params / 1e6:.2f}',
             f'{cost.flops / 1e9:.1f}',
             style='bold' if name == 'total' else None,
         )

@@ -113,7 +113,7 @@ def test_tool(capsys, monkeypatch):
     tool.main([MASK_RCNN])
     out = capsys.readouterr().out
     rows = [line.replace('│', ' ').split() for line in out.splitlines()]
-    assert ['backbone', '27.8', '90.9'] in rows
-    assert ['total', '48.1', '261.9'] in rows
+    assert ['backbone', '27.82', '90.9'] in rows
+    assert ['total', '48.10', '261.9'] in rows
     with pytest.raises(SystemExit, match='error: config .* does not exist'):
         tool.main(['configs/none.py'])

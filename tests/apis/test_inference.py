@@ -244,6 +244,20 @@ def test_folders_patterns_and_names(detector, tmp_path):
     assert len(result) == 1
 
 
+def test_names_that_no_disk_takes(detector, tmp_path, monkeypatch):
+    """Nor do they lead out of the output folder."""
+    monkeypatch.chdir(tmp_path)
+    names = ['ä' * 120 + '.jpg', '-x.jpg', 'with space.jpg', 'line\nbreak.jpg']
+    for name in names:
+        Path(name).write_bytes(USED['jpeg'][0])
+    (tmp_path / 'below').mkdir()
+    monkeypatch.chdir(tmp_path / 'below')
+    result = infer(detector, [f'../{name}' for name in names], 'out', progress=False)
+    written = list(Path('out/pictures').iterdir())
+    assert len(written) == len(result) == 4 and not result.failures
+    assert not [p for p in tmp_path.iterdir() if p.name not in (*names, 'below')]
+
+
 @pytest.mark.parametrize(
     'source, reason',
     [
@@ -508,6 +522,7 @@ def test_test_time_augmentation(weights):
         (dict(batch_size=0), 'batch_size is a number from 1 on'),
         (dict(every=0), 'every is a number from 1 on'),
         (dict(limit=0), 'limit is a number from 1 on'),
+        (dict(tta=True), 'are arguments of Predictor, where model is one'),
         (dict(ground_truth='none.json'), 'none.json is no file: the ground truth of a'),
         (dict(ground_truth=__file__), 'is no annotation file in COCO format'),
     ],

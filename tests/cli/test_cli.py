@@ -123,6 +123,10 @@ from convnext_mm.cli import COMMANDS, main
 for name in COMMANDS:
     main([name, '--help'])
 main(['completion', 'bash'])
+main(['configs'])
+from convnext_mm.cli.options import complete_model
+names = [item.value for item in complete_model(None, None, 'upernet_convnext-t')]
+assert names[0] == 'upernet_convnext-t', names
 heavy = {'torch', 'mmengine', 'cv2', 'matplotlib', 'numpy'} & set(sys.modules)
 assert not heavy, heavy
 import convnext_mm

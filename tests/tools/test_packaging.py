@@ -160,7 +160,7 @@ def test_the_wheel_works_without_the_checkout(wheel, tmp_path):
     said = run(*command, 'zoo', '--trained', **options)
     assert '23 recipes, 23 with trained weights' in said
     said = run(*command, 'flops', 'upernet_convnext-t', **options)
-    assert re.search(r'total +│ +60.2 │ +938.5', said)
+    assert re.search(r'total +│ +60.24 │ +938.5', said)
     assert len(list(elsewhere.glob('shapes/images/*/*.png'))) == 3
 
 

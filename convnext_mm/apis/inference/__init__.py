@@ -129,11 +129,15 @@ def infer(
 
     given = list(source) if isinstance(source, (list, tuple)) else [source]
     found = sources.entries(given, Path(out) if out else None)
-    predictor = (
-        model
-        if isinstance(model, Predictor)
-        else Predictor(model, checkpoint, device, tta, deploy, cfg_options)
-    )
+    if not isinstance(model, Predictor):
+        predictor = Predictor(model, checkpoint, device, tta, deploy, cfg_options)
+    elif checkpoint or device or tta or cfg_options or not deploy:
+        raise ConfigError(
+            'checkpoint, device, tta, deploy and cfg_options are arguments of '
+            'Predictor, where model is one'
+        )
+    else:
+        predictor = model
     truth = truths.load(ground_truth, predictor) if ground_truth else None
     result = Inference() if result is None else result
     writer = (
@@ -247,7 +251,7 @@ class _Speed(ProgressColumn):
 def _progress(is_on: bool, total: int | None) -> Iterator[Callable[[], None]]:
     """A bar on standard error; gives what moves it on."""
     columns = BarColumn(), MofNCompleteColumn(), _Speed()
-    console = Console(stderr=True)
+    console = Console(stderr=True, force_jupyter=False)
     with Progress(*columns, console=console, disable=not is_on) as bar:
         task = bar.add_task('', total=total)
         yield lambda: bar.advance(task)

@@ -29,6 +29,7 @@ PICTURES = (
 ).split()
 VIDEOS = '.avi .m4v .mkv .mov .mp4 .mpeg .mpg .webm .wmv'.split()
 MAX_DOWNLOAD = 1 << 30
+MAX_NAME = 80  # characters, of which some take four bytes
 CAMERA = re.compile(r'camera(?::(\d+))?')
 
 
@@ -192,7 +193,9 @@ def _with_own_names(found: list[Entry]) -> list[Entry]:
     taken: set[str] = set()
     result = []
     for entry in found:
-        base = entry.name.replace('..', '_').lstrip('/')
+        # No name leads out of the output folder, or is longer than a disk takes.
+        parts = [part[-MAX_NAME:].strip() for part in Path(entry.name).parts]
+        base = '/'.join(p for p in parts if p not in ('', '/', '.', '..')) or '_'
         name, count = base, 1
         while name.lower() in taken:
             count += 1
