@@ -8,6 +8,9 @@ from collections.abc import Iterator
 
 from mmengine.logging import MMLogger
 
+# What they warn of where nothing is wrong.
+OF_LIBRARIES = ('Failed to search registry', 'default scope')
+
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
@@ -26,4 +29,4 @@ def quiet() -> Iterator[None]:
 
 
 def _is_for_users(record: logging.LogRecord) -> bool:
-    return 'Failed to search registry' not in record.getMessage()
+    return not any(text in record.getMessage() for text in OF_LIBRARIES)

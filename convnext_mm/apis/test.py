@@ -16,7 +16,7 @@ from convnext_mm.models import ConvNeXt
 
 from .config import load_config
 from .config_check import check_config, check_paths
-from .zoo import Model, find, resolve
+from .zoo import Model, resolve
 
 # Of the metafiles, to those of the evaluators: name, what makes it percent, and
 # whether it is over scales and flips.
@@ -97,7 +97,9 @@ def test(
     """
     if out and not out.endswith(('.pkl', '.pickle')):
         raise ConfigError(f'--out must end in .pkl or .pickle, got {out}')
-    cfg = prepare(model, checkpoint, **options)
+    check_paths(model, checkpoint)
+    config, checkpoint, known = resolve(model, checkpoint)
+    cfg = prepare(config, checkpoint, **options)
     with running(cfg) as runner:
         if out:
             if cfg.get('default_scope') == 'mmdet':  # keeps masks compressed
@@ -108,7 +110,6 @@ def test(
         if deploy:
             switch_to_deploy(runner)
         metrics = runner.test()
-    known = None if checkpoint else find(model)
     if known is not None and is_main_process():
         compare(metrics, known, bool(options.get('tta')))
     return metrics
@@ -122,7 +123,9 @@ def compare(metrics: dict[str, float], model: Model, tta: bool = False) -> None:
         model: Whose they are.
         tta: They are over scales and flips.
     """
-    table = Table(title=f'{model.shortest} on {model.metadata["Training Data"]}')
+    table = Table(
+        title=f'{model.shortest}, published on {model.metadata["Training Data"]}'
+    )
     for column in ('metric', 'measured', 'published', 'difference'):
         table.add_column(column, justify='left' if column == 'metric' else 'right')
     for name, published in model.metrics.items():
@@ -131,7 +134,8 @@ def compare(metrics: dict[str, float], model: Model, tta: bool = False) -> None:
             measured = unit * metrics[key]
             difference = f'{measured - published:+.2f}'
             table.add_row(name, f'{measured:.2f}', f'{published:.2f}', difference)
-    Console().print(table)
+    if table.row_count:
+        Console().print(table)
 
 
 def draw_predictions(

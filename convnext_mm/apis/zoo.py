@@ -2,6 +2,7 @@
 
 What needs PyTorch is imported where it is called: names are completed in a shell."""
 
+import contextlib
 import difflib
 import glob
 import os
@@ -241,6 +242,11 @@ def resolve(model: str, checkpoint: str | None = None) -> tuple[str, str, Model 
             return str(known.config), known.fetch(), known
         return str(known.config), checkpoint, None
     config = str(find_config(model))
+    if not config.endswith(('.py', '.json', '.yml', '.yaml')):
+        raise ConfigError(
+            f'{model} is neither a config nor the name of a model: the model comes '
+            'first; for a checkpoint give its config, and the checkpoint beside it'
+        )
     if checkpoint is None:
         raise ConfigError(
             f'{model} is a config: give a checkpoint as well, or the name of a trained '
@@ -249,19 +255,33 @@ def resolve(model: str, checkpoint: str | None = None) -> tuple[str, str, Model 
     return config, checkpoint, None
 
 
+def _best(folder: Path) -> Path | None:
+    """The newest best checkpoint that can be read."""
+    from convnext_mm.checkpoint import CheckpointError
+    from convnext_mm.checkpoint.reader import read_checkpoint
+
+    found = sorted(folder.glob('best_*.pth'), key=lambda path: path.stat().st_mtime)
+    for path in reversed(found):
+        with contextlib.suppress(CheckpointError):
+            read_checkpoint(path)
+            return path
+    return None
+
+
 def _in_work_folder(folder: Path, checkpoint: str | None) -> tuple[str, str]:
     """The config that a run has left, and its best checkpoint or else the newest."""
     from convnext_mm.engine import work_folder
 
-    configs = sorted(folder.glob('*.py'), key=lambda path: path.stat().st_mtime)
-    if not configs:
+    # Of the newest start; a file beside the checkpoints may be anything.
+    configs = sorted(folder.glob('*/vis_data/config.py'))[-1:]
+    configs = configs or list(folder.glob('*.py'))
+    if len(configs) != 1:
         raise ConfigError(
-            f'{folder} holds no config (*.py): a work folder that training wrote has '
-            'one; name another folder, or a config and a checkpoint'
+            f'{folder} holds {len(configs) or "no"} configs (*.py): a work folder that '
+            'training wrote has one; give a config and a checkpoint'
         )
     if checkpoint is None:
-        best = sorted(folder.glob('best_*.pth'), key=lambda path: path.stat().st_mtime)
-        newest = best[-1] if best else work_folder.newest_valid(folder)
+        newest = _best(folder) or work_folder.newest_valid(folder)
         if newest is None:
             raise ConfigError(
                 f'{folder} holds no checkpoint yet (best_*.pth, iter_*.pth, '

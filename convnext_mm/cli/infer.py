@@ -1,5 +1,6 @@
 """From pictures to objects and masks."""
 
+import signal
 import sys
 from typing import Any
 
@@ -105,6 +106,10 @@ def command(
     from convnext_mm.apis.inference import Inference, infer
 
     result = Inference()
+    # As `timeout` and Slurm stop a program.
+    before = signal.signal(
+        signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT)
+    )
     try:
         infer(
             source=list(sources),
@@ -120,6 +125,8 @@ def command(
         _report(result, out)
         print('Stopped: what was found until then is written.', file=sys.stderr)
         return 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
     _report(result, out)
     return 1 if result.failures else 0
 
@@ -127,9 +134,12 @@ def command(
 def _report(result: Any, out: str) -> None:
     from rich.console import Console
 
+    from convnext_mm.checkpoint.errors import shown
+
     console = Console(soft_wrap=True, highlight=False)
-    for note, files in result.notes.items():
-        console.print(f'{_some(files)}: {note}', markup=False)
+    for note, count in result.notes.items():
+        more = f' and {count - 1} more' if count > 1 else ''
+        console.print(f'{shown(result.noted[note])}{more}: {note}', markup=False)
     each = result.seconds / max(1, result.pictures)
     speed = f'{1 / each:.1f} a second' if 0 < each < 1 else f'{each:.1f} s each'
     most = ', '.join(f'{n} {name}' for name, n in result.objects.most_common(SHOWN))
@@ -145,8 +155,3 @@ def _report(result: Any, out: str) -> None:
         print(f'not used: {failure}', file=sys.stderr)
     if len(result.failures) > SHOWN:
         print(f'not used: {len(result.failures) - SHOWN} more', file=sys.stderr)
-
-
-def _some(names: list[str]) -> str:
-    more = f' and {len(names) - 2} more' if len(names) > 2 else ''
-    return ', '.join(names[:2]) + more

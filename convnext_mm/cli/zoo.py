@@ -37,6 +37,8 @@ def command(name: str | None, as_json: bool, **filters: Any) -> None:
     from convnext_mm.engine.errors import ConfigError
 
     if name is not None:
+        if any(filters.values()):
+            raise ConfigError(f'give a name, {name}, or filters')
         model = zoo.find(name)
         if model is None:
             close = zoo.close_names(name)

@@ -89,10 +89,10 @@ def png_that_says(width: int, height: int) -> bytes:
     return b'\x89PNG\r\n\x1a\n' + struct.pack('>I', 13) + head + crc + data
 
 
-def turned() -> bytes:
+def turned(kind: str) -> bytes:
     exif = Image.Exif()
     exif[0x0112] = 6
-    return encoded(picture(), 'JPEG', exif=exif)
+    return encoded(picture(), kind, exif=exif)
 
 
 def see_through() -> Image.Image:
@@ -149,7 +149,7 @@ REFUSED = {
     ),
     'large': (png_that_says(23_000, 22_000), '500 megapixels'),
     'bomb': (png_that_says(1 << 30, 1 << 30), 'megapixels'),
-    'thin': (encoded(picture(size=(2000, 2)), 'PNG'), 'more than 100 times the other'),
+    'thin': (encoded(picture(size=(900, 1)), 'PNG'), 'more than 100 times the other'),
     'float': (encoded(picture('F'), 'TIFF'), 'save it with 8 bits'),
     '32 bits': (encoded(picture('I'), 'TIFF'), 'save it with 8 bits'),
     'pdf': (b'%PDF-1.7 ...', 'a PDF: save its pages'),
@@ -174,8 +174,9 @@ def test_pictures_that_are_used(kind, detector, tmp_path):
     if note is None:
         assert not result.notes and found is None
     else:
-        ((said, files),) = result.notes.items()
-        assert files == [str(path)] and re.search(note, said)
+        ((said, count),) = result.notes.items()
+        assert count == 1 and re.search(note, said)
+        assert result.noted == {said: str(path)}
 
 
 @pytest.mark.parametrize('kind', REFUSED)
@@ -200,8 +201,12 @@ def test_pixels_are_those_of_training():
         np.testing.assert_array_equal(decode(data, 'x')[0], expected)
 
 
-def test_turned_and_transparent():
-    assert decode(turned(), 'x')[0].shape == (64, 48, 3)
+@pytest.mark.parametrize('kind', ['JPEG', 'PNG', 'WEBP', 'TIFF'])
+def test_turned(kind):
+    assert decode(turned(kind), 'x')[0].shape == (64, 48, 3)
+
+
+def test_transparent():
     white, _ = decode(encoded(see_through(), 'PNG'), 'x')
     assert (white == 255).all()
 
@@ -215,16 +220,14 @@ def test_large_pictures(weights, segmentor, tmp_path):
     detector = Predictor(str(ROOT / SHAPES), weights[SHAPES], 'cpu', cfg_options=few)
     for predictor, megapixels in ((detector, 16), (segmentor, 4)):
         result = infer(predictor, path, threshold=0, progress=False)
-        (note,) = result.notes
-        assert '12000 x 9000 was shrunk to' in note
-        width, height = map(int, note.split(' to ')[1].split(' for ')[0].split(' x '))
-        assert 0.99 * megapixels < width * height / 1e6 <= megapixels
+        note = f'more than {megapixels} megapixels: shrunk for the model'
+        assert result.notes == {note: 1}
         (found,) = result
         assert found.size == (12000, 9000)
         if found.class_map is not None:
             assert found.class_map.shape == (9000, 12000)
         else:
-            assert found.boxes[:, 2].max() > width
+            assert found.boxes[:, 2].max() > 6000
             assert found.masks[0]['size'] == [9000, 12000]
 
 
@@ -242,6 +245,68 @@ def test_folders_patterns_and_names(detector, tmp_path):
     assert not list(out.rglob('*.tmp'))
     result = infer(detector, str(tmp_path / 'a' / '**/*.jpg'), progress=False)
     assert len(result) == 1
+
+
+def test_pictures_of_one_name_in_the_ground_truth(detector, tmp_path):
+    """By the end of the path; what the file lacks gets a number of its own."""
+    for name in ('x/1.jpg', 'y/1.jpg', 'y/new.jpg'):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(USED['jpeg'][0])
+    images = [dict(id=i, file_name=n, width=64, height=48) for i, n in PAIRS]
+    categories = [dict(id=7, name='circle')]
+    truth = dict(images=images, annotations=[], categories=categories)
+    path = tmp_path / 'truth.json'
+    path.write_text(json.dumps(truth))
+    out = tmp_path / 'out'
+    result = infer(
+        detector,
+        [tmp_path / 'x', tmp_path / 'y'],
+        out,
+        threshold=0,
+        ground_truth=str(path),
+        progress=False,
+    )
+    found = json.loads((out / 'predictions.json').read_text())
+    assert [image['id'] for image in found['images']] == [3, 5, 6]
+    assert not result.failures
+    names = {c['name']: c['id'] for c in found['categories']}
+    assert names['circle'] == 7 and min(names.values()) == 7 and len(names) == 5
+    bad = dict(id=1, image_id=3, category_id=7, bbox=[1, 2])
+    path.write_text(json.dumps({**truth, 'annotations': [bad]}))
+    result = infer(detector, tmp_path / 'x', ground_truth=str(path), progress=False)
+    assert 'annotation 1 of the ground truth cannot be read' in result.failures[0]
+    images[1]['file_name'] = 'z/x/1.jpg'
+    path.write_text(json.dumps(truth))
+    result = infer(detector, tmp_path / 'x', ground_truth=str(path), progress=False)
+    assert '2 files of the ground truth are called so' in result.failures[0]
+
+
+PAIRS = [(3, 'x/1.jpg'), (5, 'y/1.jpg')]
+
+
+def test_names_that_are_no_text(detector, tmp_path):
+    path = os.fsencode(tmp_path) + b'/caf\xe9.jpg'
+    Path(os.fsdecode(path)).write_bytes(USED['jpeg'][0])
+    infer(detector, tmp_path, tmp_path / 'out', threshold=0, progress=False)
+    assert b'caf\xe9.jpg' in (tmp_path / 'out/predictions.csv').read_bytes()
+
+
+def test_a_video_and_pictures_of_its_name(segmentor, tmp_path):
+    video(tmp_path / 'clip.avi', 2)
+    (tmp_path / 'clip').mkdir()
+    (tmp_path / 'clip/000000.png').write_bytes(USED['png'][0])
+    infer(segmentor, tmp_path, tmp_path / 'out', progress=False)
+    assert len(list((tmp_path / 'out/maps').rglob('*.png'))) == 3
+
+
+def test_hidden_and_linked_folders(detector, tmp_path):
+    for name in ('a/.thumbs/x.jpg', 'a/.x.jpg', 'b/y.jpg'):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(USED['jpeg'][0])
+    (tmp_path / 'a/link').symlink_to(tmp_path / 'b')
+    (tmp_path / 'a/round').symlink_to(tmp_path / 'a')
+    result = infer(detector, tmp_path / 'a', tmp_path / 'a', progress=False)
+    assert [found.name for found in result] == ['link/y']
 
 
 def test_names_that_no_disk_takes(detector, tmp_path, monkeypatch):
@@ -272,6 +337,11 @@ def test_names_that_no_disk_takes(detector, tmp_path, monkeypatch):
         ('photos/clip.mp4', 'is no video that OpenCV can read'),
         ('camera:77', 'camera 77 does not open'),
         ('http://example.com/x.jpg', 'which is not https'),
+        ('HTTP://example.com/x.jpg', 'which is not https'),
+        ('https://[::1/x.jpg', 'is no address'),
+        ('https://localhost:1/a%00b.jpg', 'does not give the file'),
+        ('photos/playlist.mp4', 'is a playlist, no video'),
+        ([], 'no source is given'),
         ('https://localhost:1/x.jpg', 'does not give the file'),
         (7, 'a source is a path, an address or an array .* got int'),
         (np.zeros((4, 4), np.uint8), r'an array must be .*got \(4, 4\) of uint8'),
@@ -286,6 +356,7 @@ def test_sources_that_are_none(source, reason, detector, tmp_path, monkeypatch):
     Path('photos/one.jpg').write_bytes(USED['jpeg'][0])
     Path('photos/clip.mp4').write_bytes(b'no video')
     Path('photos/a.txt').write_text('')
+    Path('photos/playlist.mp4').write_text('#EXTM3U\n/etc/passwd\n')
     Path('texts/a.txt').write_text('')
     os.mkfifo('pipe.jpg')
     Path('dangling.jpg').symlink_to('nowhere')
@@ -317,6 +388,12 @@ def test_standard_input(detector, tmp_path, monkeypatch):
     paths = ''.join(f'{tmp_path / name}.jpg\n' for name in 'ab')
     monkeypatch.setattr(sys, 'stdin', Stdin(paths.encode()))
     assert [f.name for f in infer(detector, '-', progress=False)] == ['a', 'b']
+    listed = ('\ufeff' + paths.replace('\n', '\r\n')).encode()
+    for data in (listed, paths.replace('\n', '\0').encode()):
+        monkeypatch.setattr(sys, 'stdin', Stdin(data))
+        assert len(infer(detector, '-', progress=False)) == 2
+    monkeypatch.setattr(sys, 'stdin', Stdin(b'P3 2 1 255 9 9 9 8 8 8\n'))
+    assert infer(detector, '-', progress=False)[0].size == (2, 1)
     monkeypatch.setattr(sys, 'stdin', Stdin(b' \n'))
     with pytest.raises(DataError, match='standard input is empty'):
         infer(detector, '-', progress=False)
@@ -426,6 +503,11 @@ def test_objects_as_coco_reads_them(detector, shapes, tmp_path):
     # Ground truth on the left, what was found on the right, large enough to read.
     drawn = cv2.imread(str(next((tmp_path / 'pictures').iterdir())))
     assert drawn.shape == (672, 2 * 672, 3)
+    # The shapes are coloured on the left also where nothing was found.
+    infer(detector, shapes / 'images/validation', tmp_path / 'alone', progress=False)
+    alone = cv2.imread(str(next((tmp_path / 'alone/pictures').iterdir())))
+    assert alone.shape == (672, 672, 3)
+    assert (drawn[:, :672] != alone).any()
 
 
 def test_cocos_own_numbers(tmp_path):
@@ -469,7 +551,8 @@ def test_class_maps(segmentor, shapes, tmp_path):
         assert written.mode == 'P'
         np.testing.assert_array_equal(np.asarray(written), found.class_map)
         palette = np.array(written.getpalette()).reshape(-1, 3)
-        np.testing.assert_array_equal(palette[0], segmentor.dataset_meta['palette'][0])
+        expected = segmentor.dataset_meta['palette']
+        np.testing.assert_array_equal(palette[: len(expected)], expected)
         of_file = [row for row in rows if row['file'] == found.file]
         assert sum(int(row['pixels']) for row in of_file) == 96 * 96
         assert {row['class'] for row in of_file} == {
@@ -540,16 +623,26 @@ def test_ground_truth_that_is_none(segmentor, detector, shapes, tmp_path):
     ):
         with pytest.raises(DataError, match=reason):
             infer(segmentor, image, ground_truth=str(wrong), progress=False)
-    cv2.imwrite(str(tmp_path / '00000.png'), np.full((96, 96), 99, np.uint8))
-    with pytest.raises(DataError, match='has class 99, and the model has'):
-        infer(
+    for wrong, reason in (
+        (np.full((96, 96), 99, np.uint8), 'has class 99, and the model has 0 to 5'),
+        (np.full((96, 96), 6, np.uint8), 'has class 6, and'),
+        (np.full((96, 96), 258, np.uint16), 'has class 258, and'),
+        (np.zeros((96, 96, 3), np.uint8), 'is no class map'),
+        (np.zeros((10, 96), np.uint8), 'is 96 x 10, its picture 96 x 96'),
+    ):
+        cv2.imwrite(str(tmp_path / '00000.png'), wrong)
+        result = infer(
             segmentor, image, tmp_path / 'o', ground_truth=str(tmp_path), progress=False
         )
+        assert result.pictures == 1 and re.search(reason, result.failures[0])
+    (tmp_path / '00000.png').rename(tmp_path / 'other.png')
+    result = infer(segmentor, image, ground_truth=str(tmp_path), progress=False)
+    assert 'has nothing of any of these pictures' in result.failures[0]
     other = json.dumps(
         dict(images=[], annotations=[], categories=[dict(id=1, name='x')])
     )
     (tmp_path / 'other.json').write_text(other)
-    with pytest.raises(DataError, match="no category 'circle'"):
+    with pytest.raises(DataError, match='none of the categories that the model finds'):
         infer(
             detector, image, ground_truth=str(tmp_path / 'other.json'), progress=False
         )
@@ -583,9 +676,41 @@ def test_outputs_that_cannot_be_written(detector, tmp_path):
     source = tmp_path / 'out/pictures/x.jpg'
     source.parent.mkdir(parents=True)
     source.write_bytes(USED['jpeg'][0])
-    with pytest.raises(ConfigError, match='would overwrite the picture it was made'):
-        infer(detector, source, tmp_path / 'out', progress=False)
-    assert source.read_bytes() == USED['jpeg'][0]
+    other = tmp_path / 'x.jpg'
+    other.write_bytes(USED['jpeg'][0])
+    for given in (source, [other, source]):
+        with pytest.raises(ConfigError, match='is one of the sources, and would be'):
+            infer(detector, given, tmp_path / 'out', progress=False)
+        assert source.read_bytes() == USED['jpeg'][0]
+    with pytest.raises(ConfigError, match='has no name'):
+        infer(detector, other, '', progress=False)
+    (tmp_path / 'o/pictures').mkdir(parents=True)
+    (tmp_path / 'o/predictions.json.tmp').mkdir()
+    with pytest.raises(ConfigError, match='Is a directory'):
+        infer(detector, other, tmp_path / 'o', progress=False)
+
+
+def test_sources_of_a_segmentor_stay(segmentor, tmp_path):
+    source = tmp_path / 'maps/a.png'
+    source.parent.mkdir()
+    source.write_bytes(USED['png'][0])
+    with pytest.raises(ConfigError, match='is one of the sources'):
+        infer(segmentor, source, tmp_path, progress=False)
+    assert source.read_bytes() == USED['png'][0]
+
+
+def test_two_runs_in_one_folder(detector, tmp_path):
+    image = noise(48, 64, 3)
+    with (
+        outputs.Outputs(tmp_path, ['a'], [(0, 0, 0)]),
+        pytest.raises(ConfigError, match='another run writes to'),
+    ):
+        infer(detector, image, tmp_path, progress=False)
+    infer(detector, image, tmp_path, progress=False)
+    assert (tmp_path / 'predictions.json').is_file()
+    # What an earlier run found does not pass for what this one found.
+    infer(detector, image, tmp_path, data=False, progress=False)
+    assert not (tmp_path / 'predictions.json').exists()
 
 
 def whole(folder: Path) -> list[dict]:

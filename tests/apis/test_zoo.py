@@ -164,6 +164,7 @@ def test_names():
     [
         ('mask-rcnn_convnet-t', None, 'did you mean mask-rcnn_convnext-t'),
         ('nothing-like-it', None, '`convnext-mm zoo` lists'),
+        ('docs/images/demo.png', None, 'neither a config nor the name of a model'),
         ('configs/custom/retinanet_convnext-t_fpn_1x_coco.py', None, 'is a config'),
         ('mask-rcnn_convnext-v2-b-fcmae-pre_fpn_8xb4-amp-lsj-3x_coco', None, 'recipe'),
     ],
@@ -175,7 +176,7 @@ def test_what_is_no_trained_model(model, checkpoint, reason, monkeypatch):
 
 
 def test_work_folders(tmp_path, monkeypatch):
-    with pytest.raises(ConfigError, match='holds no config'):
+    with pytest.raises(ConfigError, match='holds no configs'):
         zoo.resolve(str(tmp_path))
     (tmp_path / 'recipe.py').write_text('')
     with pytest.raises(ConfigError, match='holds no checkpoint yet'):
@@ -187,6 +188,15 @@ def test_work_folders(tmp_path, monkeypatch):
     assert zoo.resolve(str(tmp_path)) == (config, str(tmp_path / 'iter_20.pth'), None)
     torch.save(dict(state_dict={}), tmp_path / 'best_mIoU_iter_10.pth')
     assert zoo.resolve(str(tmp_path))[1].endswith('best_mIoU_iter_10.pth')
+    (tmp_path / 'best_mIoU_iter_10.pth').write_bytes(b'torn')
+    assert zoo.resolve(str(tmp_path))[1].endswith('iter_20.pth')
+    (tmp_path / 'script.py').write_text('')
+    with pytest.raises(ConfigError, match='holds 2 configs'):
+        zoo.resolve(str(tmp_path))
+    dumped = tmp_path / '20260101_000000/vis_data/config.py'
+    dumped.parent.mkdir(parents=True)
+    dumped.write_text('')
+    assert zoo.resolve(str(tmp_path))[0] == str(dumped)
     for path in tmp_path.glob('*.pth'):
         path.write_bytes(b'torn')
     (tmp_path / 'best_mIoU_iter_10.pth').unlink()

@@ -1,6 +1,5 @@
 """From pictures to objects and masks, with a trained model."""
 
-import errno
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -35,7 +34,8 @@ class Inference:
         objects: How many were found, by class; of a segmentor, in how many pictures
             a class was.
         failures: Why each picture that could not be used could not.
-        notes: What was changed in how many pictures, with the first one's name.
+        notes: What was changed in how many pictures.
+        noted: The first file for each of these.
         seconds: Without the time to load the model.
     """
 
@@ -43,7 +43,8 @@ class Inference:
     pictures: int = 0
     objects: Counter[str] = field(default_factory=Counter)
     failures: list[str] = field(default_factory=list)
-    notes: dict[str, list[str]] = field(default_factory=dict)
+    notes: Counter[str] = field(default_factory=Counter)
+    noted: dict[str, str] = field(default_factory=dict)
     seconds: float = 0
 
     def __iter__(self) -> 'Iterator[Prediction]':
@@ -128,7 +129,10 @@ def infer(
     from .predictor import Predictor
 
     given = list(source) if isinstance(source, (list, tuple)) else [source]
-    found = sources.entries(given, Path(out) if out else None)
+    if out is not None and not str(out):
+        raise ConfigError('the folder to write to has no name (--out)')
+    written = [Path(out, room) for room in ('pictures', 'maps')] if out else []
+    found = sources.entries(given, written)
     if not isinstance(model, Predictor):
         predictor = Predictor(model, checkpoint, device, tta, deploy, cfg_options)
     elif checkpoint or device or tta or cfg_options or not deploy:
@@ -147,7 +151,8 @@ def infer(
             predictor.dataset_meta['palette'],
             data,
             truth.category_ids if truth else None,
-            truth.image_ids if truth else None,
+            truth.next_image_id if truth else 1,
+            [entry.place for entry in found],
         )
         if out
         else None
@@ -164,11 +169,16 @@ def infer(
             for batch in _batches(pictures_read, batch_size, predictor.can_batch):
                 for picture, sample in zip(batch, predictor(batch, threshold)):
                     prediction = to_prediction(picture, sample, predictor.classes)
-                    if writer is not None:
-                        writer.add_prediction(prediction)
-                    if writer is not None and pictures:
+                    number = None
+                    try:
                         if truth is not None:
+                            number = truth.image_id(picture)
                             truth.add_to(sample, picture)
+                    except DataError as error:
+                        result.failures.append(str(error))
+                    if writer is not None:
+                        writer.add_prediction(prediction, number)
+                    if writer is not None and pictures:
                         drawn = predictor.draw(picture, sample, opacity, with_labels)
                         writer.add_picture(picture, drawn)
                     if keep:
@@ -177,14 +187,19 @@ def infer(
                     result.seconds = time.monotonic() - start
                     advance()
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+        if writer is None:
             raise
         raise ConfigError(
-            f'{out}: {error.strerror}. {result.pictures} pictures are done; free disk, '
-            'or give another folder with --out'
+            f'{error.filename or out}: {error.strerror}. {result.pictures} pictures '
+            'are done; free disk, or give another folder with --out'
         ) from None
     if not result.pictures:
         raise DataError(f'no picture could be used: {"; ".join(result.failures[:3])}')
+    if truth is not None and not truth.files.used:
+        result.failures.append(
+            f'{ground_truth} has nothing of any of these pictures: their files must be '
+            'called the same'
+        )
     return result
 
 
@@ -208,7 +223,8 @@ def _usable(read: Iterator[Any], result: Inference, limit: int | None) -> Iterat
             result.failures.append(str(item))
             continue
         if item.note:
-            result.notes.setdefault(item.note, []).append(item.file)
+            result.notes[item.note] += 1
+            result.noted.setdefault(item.note, item.file)
         yield item
         count += 1
         if count == limit:

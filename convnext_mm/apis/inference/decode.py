@@ -1,8 +1,9 @@
 """Bytes of a picture to pixels, whatever kind of picture they are."""
 
+import contextlib
 import io
 import struct
-import warnings
+from collections.abc import Iterator
 
 import cv2
 import numpy as np
@@ -13,6 +14,7 @@ from convnext_mm.datasets.errors import DataError
 
 MAX_PIXELS = 500_000_000  # 1.5 GB once decoded
 MAX_RATIO = 100  # of the sides: a resized picture keeps at least one row
+ORIENTATION = 0x0112  # in EXIF data
 # What the training pipelines decode, and OpenCV as they do: 8 bits, without
 # transparency. 16 bits lose the lower 8, as there.
 AS_IN_TRAINING = {
@@ -44,21 +46,14 @@ def decode(data: bytes, name: str) -> tuple[np.ndarray, str | None]:
     if not data:
         raise DataError(f'{name} is empty')
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore')  # of a size that we check ourselves
-            with Image.open(io.BytesIO(data)) as image:
-                check_size(image.size, name)
-                image.load()
-                return _pixels(image, data, name)
+        with _any_size(), Image.open(io.BytesIO(data)) as image:
+            check_size(image.size, name)
+            image.load()
+            return _pixels(image, data, name)
     except DataError:
         raise
     except UnidentifiedImageError:
         raise DataError(f'{name} is no picture{_what_it_is(data)}') from None
-    except Image.DecompressionBombError:
-        raise DataError(
-            f'{name} has more than {MAX_PIXELS // 1_000_000} megapixels: cut it into '
-            'pieces'
-        ) from None
     except MemoryError:
         raise DataError(f'{name}: not enough memory to decode it') from None
     # What Pillow's readers raise is many things: OSError, SyntaxError, ...
@@ -66,6 +61,16 @@ def decode(data: bytes, name: str) -> tuple[np.ndarray, str | None]:
         raise DataError(
             f'{name} is damaged or cut off ({shown(error, 100)}): bring it anew'
         ) from None
+
+
+@contextlib.contextmanager
+def _any_size() -> Iterator[None]:
+    """Pillow's own limit is lower than ours, and is everybody's."""
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
 
 
 def check_size(size: tuple[int, int], name: str) -> None:
@@ -81,7 +86,7 @@ def check_size(size: tuple[int, int], name: str) -> None:
             f'{name} is {width} x {height} pixels, and {MAX_PIXELS // 1_000_000} '
             'megapixels are allowed: cut it into pieces'
         )
-    if max(size) > MAX_RATIO * min(size) and max(size) > 1000:
+    if max(size) > MAX_RATIO * min(size):
         raise DataError(
             f'{name} is {width} x {height} pixels: a side that is more than '
             f'{MAX_RATIO} times the other cannot be resized for a model'
@@ -92,7 +97,10 @@ def _pixels(
     image: Image.Image, data: bytes, name: str
 ) -> tuple[np.ndarray, str | None]:
     if image.mode in AS_IN_TRAINING.get(image.format or '', ()) and not (
-        'transparency' in image.info or getattr(image, 'n_frames', 1) > 1
+        'transparency' in image.info
+        or getattr(image, 'n_frames', 1) > 1
+        # OpenCV turns all others.
+        or (image.format == 'WEBP' and image.getexif().get(ORIENTATION, 1) != 1)
     ):
         flat = np.frombuffer(data, np.uint8)
         decoded = cv2.imdecode(flat, cv2.IMREAD_COLOR)

@@ -3,7 +3,8 @@
 import contextlib
 import io
 import os
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import cv2
 import numpy as np
 import torch
 from mmengine.structures import InstanceData, PixelData
+from PIL import Image
 
 from convnext_mm.checkpoint.errors import shown
 from convnext_mm.datasets.errors import DataError
@@ -20,12 +22,52 @@ from .sources import Picture
 IGNORED = 255  # of class maps
 
 
+class _Files:
+    """Finds a picture's annotations by the end of its path."""
+
+    def __init__(self, paths: Iterable[tuple[Path, Any]]) -> None:
+        self.known: dict[str, list[tuple[tuple[str, ...], Any]]] = defaultdict(list)
+        for path, value in paths:
+            self.known[path.stem].append((path.with_suffix('').parts[::-1], value))
+        self.used = False  # whether any was ever found
+
+    def of(self, picture: Picture) -> Any:
+        """The value of the file whose path agrees longest; None: there is none.
+
+        Raises:
+            DataError: Two agree as long.
+        """
+        own = Path(picture.file).with_suffix('').parts[::-1]
+        found = [
+            (sum(1 for _ in _common(own, parts)), value)
+            for parts, value in self.known.get(own[0] if own else '', ())
+        ]
+        if not found:
+            return None
+        longest = max(length for length, _ in found)
+        best = [value for length, value in found if length == longest]
+        if len(best) > 1:
+            raise DataError(
+                f'{shown(picture.file)}: {len(best)} files of the ground truth are '
+                'called so; name the folder above them as a source'
+            )
+        self.used = True
+        return best[0]
+
+
+def _common(a: Sequence[str], b: Sequence[str]) -> Iterable[str]:
+    for one, other in zip(a, b):
+        if one != other:
+            return
+        yield one
+
+
 class Objects:
     """Boxes and masks in COCO's format.
 
     Args:
         path: A json file.
-        classes: The model's; its categories must be named as they are.
+        classes: The model's.
 
     Raises:
         DataError: It is no such file, or has none of the classes.
@@ -38,46 +80,70 @@ class Objects:
             with contextlib.redirect_stdout(io.StringIO()):
                 self.coco = COCO(path)
             categories = {c['name']: c['id'] for c in self.coco.cats.values()}
-            self.image_ids = {
-                Path(image['file_name']).name: number
+            self.files = _Files(
+                (Path(image['file_name']), number)
                 for number, image in self.coco.imgs.items()
-            }
+            )
         except Exception as error:
             raise DataError(
                 f'{shown(path)} is no annotation file in COCO format '
                 f'({type(error).__name__}: {shown(error, 100)})'
             ) from None
-        missing = [name for name in classes if name not in categories]
-        if missing:
+        if not set(classes) & set(categories):
             raise DataError(
-                f'{shown(path)} has no category {shown(missing[0])!r}, which the model '
-                f'finds; it has {shown(", ".join(categories), 200)}'
+                f'{shown(path)} has none of the categories that the model finds '
+                f'({shown(", ".join(classes), 100)}); it has '
+                f'{shown(", ".join(categories), 200)}'
             )
-        self.category_ids = [categories[name] for name in classes]
+        self.classes = tuple(classes)
+        self.names = {number: name for name, number in categories.items()}
+        # What the file lacks is numbered after what it has.
+        unused = iter(range(max(categories.values()) + 1, 1 << 31))
+        self.category_ids = [
+            categories[name] if name in categories else next(unused) for name in classes
+        ]
+        self.next_image_id = max(self.coco.imgs, default=0) + 1
+
+    def image_id(self, picture: Picture) -> int | None:
+        """In the file; None: it does not have this picture."""
+        return self.files.of(picture)
 
     def add_to(self, sample: Any, picture: Picture) -> None:
-        """Puts ``gt_instances`` into a sample, where the file has its picture."""
-        number = self.image_ids.get(Path(picture.file).name)
+        """Puts ``gt_instances`` into a sample, where the file has its picture.
+
+        Raises:
+            DataError: An annotation of the picture cannot be read.
+        """
+        number = self.image_id(picture)
         if number is None:
             return
         height, width = picture.image.shape[:2]
         scale = np.array([width / picture.size[0], height / picture.size[1]] * 2)
         boxes, labels, masks = [], [], []
         for found in self.coco.imgToAnns[number]:
-            if found['category_id'] not in self.category_ids or found.get('iscrowd'):
+            name = self.names.get(found.get('category_id'))
+            if name not in self.classes or found.get('iscrowd'):
                 continue
-            left, top, across, down = found['bbox']
+            try:
+                left, top, across, down = map(float, found['bbox'])
+                mask = np.zeros((height, width), bool)
+                if found.get('segmentation'):
+                    whole = self.coco.annToMask(found)
+                    mask = cv2.resize(whole, (width, height)) > 0
+            except Exception as error:
+                raise DataError(
+                    f'{shown(picture.file)}: annotation {found.get("id")} of the '
+                    f'ground truth cannot be read ({type(error).__name__}: '
+                    f'{shown(error, 80)})'
+                ) from None
             boxes.append(np.array([left, top, left + across, top + down]) * scale)
-            labels.append(self.category_ids.index(found['category_id']))
-            if found.get('segmentation'):
-                masks.append(
-                    cv2.resize(self.coco.annToMask(found), (width, height)) > 0
-                )
+            labels.append(self.classes.index(name))
+            masks.append(mask)
         truth = InstanceData(
             bboxes=torch.tensor(np.array(boxes).reshape(-1, 4)),
             labels=torch.tensor(labels, dtype=torch.long),
         )
-        if masks and len(masks) == len(boxes):
+        if masks and np.any(masks):
             truth.masks = torch.tensor(np.array(masks))
         sample.gt_instances = truth
 
@@ -86,7 +152,7 @@ class ClassMaps:
     """Class maps in a folder, named as the pictures are.
 
     Args:
-        folder: Of ``.png`` files.
+        folder: Of ``.png`` files; a palette's indices are the classes.
         reduce_zero_label: 0 stands for no class and 1 for the first, as in ADE20K.
         num_classes: The model's.
 
@@ -94,42 +160,57 @@ class ClassMaps:
         DataError: There is no such folder.
     """
 
-    image_ids: dict[str, int] | None = None
-    category_ids: list[int] | None = None
+    category_ids = None
+    next_image_id = 1
 
     def __init__(self, folder: str, reduce_zero_label: bool, num_classes: int) -> None:
-        self.files = {p.stem: p for p in Path(folder).rglob('*.png')}
-        self.reduce_zero_label, self.num_classes = reduce_zero_label, num_classes
-        if not self.files:
+        paths = list(Path(folder).rglob('*.png'))
+        if not paths:
             raise DataError(f'{shown(folder)} holds no class maps (*.png)')
+        self.files = _Files((path, path) for path in paths)
+        self.reduce_zero_label, self.num_classes = reduce_zero_label, num_classes
+
+    def image_id(self, picture: Picture) -> int | None:
+        """Of files that have ids."""
+        return None
 
     def add_to(self, sample: Any, picture: Picture) -> None:
         """Puts ``gt_sem_seg`` into a sample, where there is a map for its picture.
 
         Raises:
-            DataError: The map cannot be read, or has classes that the model does
-                not know.
+            DataError: The map cannot be read, is of another size, or has classes
+                that the model does not know.
         """
-        path = self.files.get(Path(picture.file).stem)
+        path = self.files.of(picture)
         if path is None:
             return
-        found = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
-        if found is None or found.ndim != 2:
-            raise DataError(f'{shown(path)} is no class map: one number for each pixel')
-        found = found.astype(np.int64)
-        if self.reduce_zero_label:
-            found = np.where(found == 0, IGNORED, found - 1)
-        unknown = found[(found >= self.num_classes) & (found < IGNORED - 1)]
-        if unknown.size and unknown.max() > self.num_classes:
+        try:
+            with Image.open(path) as image:
+                found = np.asarray(image).astype(np.int64)
+        except Exception as error:
             raise DataError(
-                f'{shown(path)} has class {unknown.max()}, and the model has '
-                f'{self.num_classes}: are these maps of another data set?'
+                f'{shown(path)} cannot be read ({shown(error, 100)})'
+            ) from None
+        if found.ndim != 2:
+            raise DataError(f'{shown(path)} is no class map: one number for each pixel')
+        if found.shape[::-1] != tuple(picture.size):
+            raise DataError(
+                f'{shown(path)} is {found.shape[1]} x {found.shape[0]}, its picture '
+                f'{picture.size[0]} x {picture.size[1]}'
+            )
+        if self.reduce_zero_label:
+            found = np.where(np.isin(found, (0, IGNORED)), IGNORED + 1, found) - 1
+        unknown = found[(found >= self.num_classes) & (found != IGNORED)]
+        if unknown.size:
+            raise DataError(
+                f'{shown(path)} has class {unknown.max()}, and the model has 0 to '
+                f'{self.num_classes - 1}: are these maps of another data set?'
             )
         size = picture.image.shape[1::-1]
-        found = cv2.resize(
-            found.astype(np.uint8), size, interpolation=cv2.INTER_NEAREST
+        small = cv2.resize(
+            found.astype(np.float32), size, interpolation=cv2.INTER_NEAREST
         )
-        sample.gt_sem_seg = PixelData(data=torch.tensor(found[None]))
+        sample.gt_sem_seg = PixelData(data=torch.tensor(small.astype(np.int64)[None]))
 
 
 def load(path: str, predictor: Any) -> Objects | ClassMaps:

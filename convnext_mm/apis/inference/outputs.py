@@ -1,9 +1,12 @@
 """Files of what was found. Each is complete under its name, or not there."""
 
+import contextlib
 import csv
+import errno
+import fcntl
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
@@ -30,7 +33,7 @@ class Outputs:
     - ``predictions.json``: objects in COCO's format, with scores;
     - ``maps/NAME.png``: class maps, pixels are indices of classes, shown in the
       classes' colours;
-    - ``predictions.csv``: a line for each object, or each class of a class map.
+    - ``predictions.csv``, line by line: each object, or each class of a class map.
 
     Args:
         folder: Made where it is missing.
@@ -39,10 +42,11 @@ class Outputs:
         data: Write the json, csv and maps.
         category_ids: Of the classes in the json; by default COCO's own for COCO's
             classes, else from 1 on.
-        image_ids: Of the files in the json, by name; by default from 1 on.
+        next_image_id: Of the first picture that has no id.
+        sources: Files that must not be overwritten.
 
     Raises:
-        ConfigError: Nothing can be written there.
+        ConfigError: Nothing can be written there, or another run writes there.
     """
 
     def __init__(
@@ -52,27 +56,44 @@ class Outputs:
         palette: Any,
         data: bool = True,
         category_ids: Sequence[int] | None = None,
-        image_ids: dict[str, int] | None = None,
+        next_image_id: int = 1,
+        sources: Iterable[str] = (),
     ) -> None:
         self.folder = Path(folder)
         self.classes, self.data = tuple(classes), data
         self.palette = np.array(palette, np.uint8)[:256]
         self.category_ids = category_ids or _category_ids(self.classes)
-        self.image_ids = dict(image_ids or {})
+        self.next_image_id = next_image_id
+        self._sources = {os.path.realpath(source) for source in sources}
         self._video: tuple[Video, cv2.VideoWriter, Path, tuple[int, int]] | None = None
         self._json: _CocoFile | None = None
         self._csv: TextIO | None = None
         self._rows: Any = None
+        self._whole = 0  # bytes of whole lines
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             probe = self.folder / f'.{os.getpid()}.tmp'
             probe.write_bytes(b'')
             probe.unlink()
+            # Of another run: they would pass for this one's.
+            for name in ('predictions.json', 'predictions.csv'):
+                if os.path.realpath(self.folder / name) not in self._sources:
+                    (self.folder / name).unlink(missing_ok=True)
         except OSError as error:
             raise ConfigError(
                 f'nothing can be written into {self.folder} ({error.strerror}): give '
                 'another folder with --out'
             ) from None
+        self._lock = os.open(self.folder, os.O_RDONLY)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self._lock)
+            raise ConfigError(
+                f'another run writes to {self.folder}: give another folder with --out'
+            ) from None
+        except OSError:  # not every file system has locks
+            pass
 
     def __enter__(self) -> 'Outputs':
         return self
@@ -83,12 +104,15 @@ class Outputs:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Also after Ctrl-C: what was found until then is written."""
-        self._end_video()
-        if self._csv:
-            self._csv.close()
-        if self._json:
-            self._json.close()
+        """Also after Ctrl-C: what was found until then is written. On a full disk
+        what cannot be finished is taken away."""
+        with contextlib.ExitStack() as stack:
+            stack.callback(os.close, self._lock)
+            if self._csv:
+                stack.callback(self._end_csv)
+            if self._json:
+                stack.callback(self._json.close)
+            stack.callback(self._end_video)
 
     def add_picture(self, picture: Picture, drawn: np.ndarray) -> None:
         """
@@ -102,29 +126,44 @@ class Outputs:
             return
         self._end_video()
         suffix = '.png' if picture.file.lower().endswith('.png') else '.jpg'
-        target = self.folder / 'pictures' / f'{picture.name}{suffix}'
-        if target.exists() and _is_same(target, picture.file):
-            raise ConfigError(
-                f'{target} would overwrite the picture it was made from: give another '
-                'folder with --out'
-            )
+        target = self._target('pictures', f'{picture.name}{suffix}')
         options = [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY] if suffix == '.jpg' else []
         _write(target, cv2.imencode(suffix, bgr, options)[1].tobytes())
 
-    def add_prediction(self, prediction: Prediction) -> None:
+    def add_prediction(
+        self, prediction: Prediction, image_id: int | None = None
+    ) -> None:
+        """
+        Args:
+            prediction: Of a picture or frame.
+            image_id: Of the picture in a file of annotations, where it is in one.
+        """
         if not self.data:
             return
         if prediction.class_map is not None:
             self._add_map(prediction)
         else:
-            self._add_objects(prediction)
+            self._add_objects(prediction, image_id)
+
+    def _target(self, room: str, name: str) -> Path:
+        """
+        Raises:
+            ConfigError: It is one of the sources.
+        """
+        target = self.folder / room / name
+        if os.path.realpath(target) in self._sources:
+            raise ConfigError(
+                f'{target} is one of the sources, and would be overwritten: give '
+                'another folder with --out'
+            )
+        return target
 
     def _add_frame(self, video: Video, bgr: np.ndarray) -> None:
         # mp4 has two pixels for one colour.
         height, width = (side - side % 2 for side in bgr.shape[:2])
         if self._video is None or self._video[0] != video:
             self._end_video()
-            target = self.folder / 'pictures' / f'{video.name}.mp4'
+            target = self._target('pictures', f'{video.name}.mp4')
             partial = target.with_name(f'{target.stem}.part.mp4')
             partial.parent.mkdir(parents=True, exist_ok=True)
             fourcc = cv2.VideoWriter.fourcc(*'mp4v')
@@ -152,12 +191,12 @@ class Outputs:
             os.replace(partial, target)
         else:
             partial.unlink(missing_ok=True)
-            raise OSError(f'{target} could not be written: is the disk full?')
+            raise OSError(errno.ENOSPC, 'No space left, perhaps', str(target))
 
     def _add_map(self, prediction: Prediction) -> None:
         class_map = prediction.class_map
         assert class_map is not None
-        target = self.folder / 'maps' / f'{prediction.name}.png'
+        target = self._target('maps', f'{prediction.name}.png')
         image = Image.fromarray(class_map)
         if class_map.dtype == np.uint8:
             image.putpalette(self.palette.tobytes())
@@ -175,7 +214,7 @@ class Outputs:
             ),
         )
 
-    def _add_objects(self, prediction: Prediction) -> None:
+    def _add_objects(self, prediction: Prediction, number: int | None) -> None:
         labels, scores, boxes = prediction.labels, prediction.scores, prediction.boxes
         assert labels is not None and scores is not None and boxes is not None
         if self._json is None:
@@ -184,7 +223,6 @@ class Outputs:
                 for number, name in zip(self.category_ids, self.classes)
             ]
             self._json = _CocoFile(self.folder / 'predictions.json', categories)
-        name = Path(prediction.file).name
         image: dict[str, Any] = dict(file_name=prediction.file)
         if prediction.frame is not None:
             image['frame'] = prediction.frame
@@ -206,7 +244,9 @@ class Outputs:
             box = (f'{v:.2f}' for v in (left, top, right, bottom))
             what = (self.classes[label], f'{score:.5f}', *box, f'{area:.0f}')
             rows.append((*_where(prediction), *what))
-        self._json.add(image, prediction.size, objects, self.image_ids.get(name))
+        if number is None:
+            number, self.next_image_id = self.next_image_id, self.next_image_id + 1
+        self._json.add(dict(id=number, **image), prediction.size, objects)
         columns = 'file frame class score left top right bottom area'.split()
         self._add_rows(columns, rows)
 
@@ -214,11 +254,26 @@ class Outputs:
         """Written line by line: a reader sees whole lines at any time."""
         if self._csv is None:
             self._csv = open(  # noqa: SIM115, closed by __exit__
-                self.folder / 'predictions.csv', 'w', newline='', buffering=1
+                self.folder / 'predictions.csv',
+                'w',
+                newline='',
+                encoding='utf-8',
+                errors='surrogateescape',  # names of files need not be UTF-8
             )
             self._rows = csv.writer(self._csv)
             self._rows.writerow(columns)
         self._rows.writerows(rows)
+        self._csv.flush()
+        self._whole = self._csv.tell()
+
+    def _end_csv(self) -> None:
+        """Without the half of a line that a full disk has left."""
+        assert self._csv is not None
+        try:
+            self._csv.close()
+        except OSError:
+            os.truncate(self.folder / 'predictions.csv', self._whole)
+            raise
 
 
 class _CocoFile:
@@ -232,24 +287,24 @@ class _CocoFile:
         self.file.write(f'{{"categories": {json.dumps(categories)},\n"annotations": [')
 
     def add(
-        self,
-        image: dict[str, Any],
-        size: tuple[int, int],
-        objects: list[dict],
-        number: int | None,
+        self, image: dict[str, Any], size: tuple[int, int], objects: list[dict]
     ) -> None:
-        number = len(self.images) + 1 if number is None else number
+        number = image['id']
         width, height = size
-        self.images.append(dict(id=number, width=width, height=height, **image))
+        self.images.append(dict(width=width, height=height, **image))
         for found in objects:
             self.file.write(',\n' if self.count else '\n')
             self.count += 1
             self.file.write(json.dumps(dict(id=self.count, image_id=number, **found)))
 
     def close(self) -> None:
-        with self.file as file:
-            file.write(f'\n],\n"images": {json.dumps(self.images)}}}\n')
-        os.replace(self.partial, self.path)
+        try:
+            with self.file as file:
+                file.write(f'\n],\n"images": {json.dumps(self.images)}}}\n')
+            os.replace(self.partial, self.path)
+        except OSError:
+            self.partial.unlink(missing_ok=True)
+            raise
 
 
 def _category_ids(classes: tuple[str, ...]) -> list[int]:
@@ -260,10 +315,6 @@ def _category_ids(classes: tuple[str, ...]) -> list[int]:
 
 def _where(prediction: Prediction) -> tuple[str, int | str]:
     return prediction.file, '' if prediction.frame is None else prediction.frame
-
-
-def _is_same(target: Path, source: str) -> bool:
-    return os.path.exists(source) and os.path.samefile(target, source)
 
 
 def _write(target: Path, content: bytes) -> None:

@@ -117,6 +117,9 @@ class Predictor:
         with quiet():
             samples = [sample.cpu() for sample in self._samples(images)]
         for sample in samples:
+            # Test pipelines load annotations: here there are none.
+            for name in ('gt_instances', 'ignored_instances', 'gt_sem_seg'):
+                sample.pop(name, None)
             if 'pred_instances' in sample:
                 found = sample.pred_instances
                 found = found[found.scores >= threshold]
@@ -183,16 +186,24 @@ class _OwnWeights:
         # MMDetection 2 and MMSegmentation 0 wrote capitals.
         stored = meta.get('dataset_meta') or meta
         stored = {str(key).lower(): value for key, value in stored.items()}
-        classes = stored.get('classes') or of_config.get('classes')
-        if not classes:
+        numbers = {getattr(module, 'num_classes', None) for module in model.modules()}
+        classes = next(
+            (
+                found
+                for found in (stored.get('classes'), of_config.get('classes'))
+                if isinstance(found, (list, tuple)) and len(found) in numbers
+            ),
+            None,
+        )
+        if classes is None:
             raise ConfigError(
-                'neither the checkpoint nor the data set of the config names the '
-                "classes: add metainfo=dict(classes=('first', ...)) to "
-                'test_dataloader.dataset'
+                "neither the checkpoint nor the config's data set names as many "
+                "classes as the model has: add metainfo=dict(classes=('first', ...)) "
+                'to test_dataloader.dataset'
             )
         palette = of_config.get('palette') or stored.get('palette')
         model.dataset_meta = dict(
-            classes=tuple(classes), palette=colours(len(classes), palette)
+            classes=tuple(map(str, classes)), palette=colours(len(classes), palette)
         )
 
 

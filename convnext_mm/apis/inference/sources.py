@@ -4,18 +4,21 @@ input; and the pictures in them, one after the other."""
 import contextlib
 import difflib
 import glob
+import io
 import os
 import re
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import cv2
 import numpy as np
+from PIL import Image
 
 from convnext_mm.checkpoint import CheckpointDownloadError
 from convnext_mm.checkpoint.errors import shown
@@ -25,7 +28,8 @@ from convnext_mm.datasets.errors import DataError
 from .decode import check_size, decode
 
 PICTURES = (
-    '.bmp .gif .jpeg .jpg .jp2 .pbm .pgm .png .ppm .tga .tif .tiff .webp .avif .heic'
+    '.avif .bmp .gif .heic .jfif .jp2 .jpeg .jpg .pbm .pgm .png .ppm .tga .tif .tiff '
+    '.webp'
 ).split()
 VIDEOS = '.avi .m4v .mkv .mov .mp4 .mpeg .mpg .webm .wmv'.split()
 MAX_DOWNLOAD = 1 << 30
@@ -82,42 +86,51 @@ class Entry:
     data: Any = None
 
 
-def entries(sources: Sequence[Any], exclude: Path | None = None) -> list[Entry]:
+def entries(sources: Sequence[Any], exclude: Sequence[Path] = ()) -> list[Entry]:
     """What there is to read.
 
     Args:
         sources: Paths, patterns (``*``, ``?``, ``[...]``, ``**``), addresses,
             ``camera``, ``camera:1``, ``-`` (standard input: a picture, or paths one
             per line); or arrays, (H, W, 3) uint8, blue first.
-        exclude: A folder of outputs, which may be below one of the sources.
+        exclude: Folders of outputs, which may be below one of the sources.
 
     Raises:
         DataError: One names nothing; says what is near.
     """
     found: list[Entry] = []
+    outputs = [folder.resolve() for folder in exclude]
     for source in sources:
         if isinstance(source, np.ndarray):
             found.append(Entry('array', 'an array', 'array', source))
         elif isinstance(source, (str, os.PathLike)):
-            found += _entries_of(os.fspath(source), exclude)
+            found += _entries_of(os.fsdecode(source), outputs)
         else:
             raise DataError(
                 'a source is a path, an address or an array (H, W, 3) of uint8, got '
                 f'{type(source).__name__}'
             )
+    if not found:
+        raise DataError('no source is given: name files, folders, addresses or videos')
     return _with_own_names(found)
 
 
-def _entries_of(source: str, exclude: Path | None) -> list[Entry]:
+def _entries_of(source: str, exclude: Sequence[Path]) -> list[Entry]:
     if source == '-':
         return _standard_input(exclude)
     camera = CAMERA.fullmatch(source)
     if camera and not os.path.exists(source):
         number = camera[1] or '0'
         return [Entry('camera', number, f'camera{number}')]
-    if re.match(r'https?://', source):
-        name = Path(unquote(urlsplit(source).path)).name
-        return [Entry('address', source, Path(name).stem or 'picture')]
+    if re.match(r'https?://', source, re.IGNORECASE):
+        scheme, _, rest = source.partition('://')
+        try:
+            name = Path(unquote(urlsplit(source).path).replace('\0', '')).stem
+        except ValueError as error:
+            raise DataError(f'{shown(source)} is no address: {error}') from None
+        return [Entry('address', f'{scheme.lower()}://{rest}', name or 'picture')]
+    if '\0' in source:
+        raise DataError(f'{shown(source)} is no path: it has a NUL in it')
     path = Path(source).expanduser()
     if path.is_dir():
         return _folder(path, exclude)
@@ -146,18 +159,18 @@ def _near(path: Path) -> str:
     return f', nor does the folder {shown(path.parent)}'
 
 
-def _is_input(path: Path, exclude: Path | None) -> bool:
+def _is_input(path: Path, exclude: Sequence[Path]) -> bool:
     """Also what has a suffix in capitals; not what is hidden."""
     return (
         path.suffix.lower() in (*PICTURES, *VIDEOS)
         and not path.name.startswith('.')
-        and not (exclude and exclude.resolve() in path.resolve().parents)
+        and not (exclude and set(exclude) & set(path.resolve().parents))
     )
 
 
-def _folder(folder: Path, exclude: Path | None) -> list[Entry]:
+def _folder(folder: Path, exclude: Sequence[Path]) -> list[Entry]:
     try:
-        everything = sorted(p for p in folder.rglob('*') if p.is_file())
+        everything = sorted(_files_below(folder))
     except OSError as error:
         raise DataError(f'{shown(folder)} cannot be read: {error.strerror}') from None
     files = [p for p in everything if _is_input(p, exclude)]
@@ -170,39 +183,65 @@ def _folder(folder: Path, exclude: Path | None) -> list[Entry]:
     return [_file(p, str(p.relative_to(folder).with_suffix(''))) for p in files]
 
 
+def _files_below(folder: Path) -> Iterator[Path]:
+    """Also behind links to folders, each folder once; without hidden folders."""
+    seen = set()
+    for place, names, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        if real in seen:
+            names.clear()
+            continue
+        seen.add(real)
+        names[:] = [name for name in names if not name.startswith('.')]
+        yield from (Path(place, name) for name in files)
+
+
 def _file(path: Path, name: str) -> Entry:
     kind = 'video' if path.suffix.lower() in VIDEOS else 'picture'
     return Entry(kind, str(path), name)
 
 
-def _standard_input(exclude: Path | None) -> list[Entry]:
+def _standard_input(exclude: Sequence[Path]) -> list[Entry]:
     if sys.stdin is None or sys.stdin.isatty():
         raise DataError('nothing comes on standard input: `cat photo.jpg | ... -`')
     data = sys.stdin.buffer.read()
     if not data.strip():
         raise DataError('standard input is empty')
     try:
-        lines = data.decode().split('\n')
+        lines = re.split(r'[\r\n\0]+', data.decode('utf-8-sig'))
     except UnicodeDecodeError:
+        lines = []
+    if not lines or _is_picture(data):
         return [Entry('bytes', 'standard input', 'stdin', data)]
     return [e for line in lines if line.strip() for e in _entries_of(line, exclude)]
+
+
+def _is_picture(data: bytes) -> bool:
+    """Also one whose bytes are text, such as a PPM of numbers."""
+    with contextlib.suppress(Exception), Image.open(io.BytesIO(data)):
+        return True
+    return False
 
 
 def _with_own_names(found: list[Entry]) -> list[Entry]:
     """Two files of one name would overwrite each other's results."""
     taken: set[str] = set()
-    result = []
-    for entry in found:
+    folders: set[str] = set()  # of names; a video's frames are in one of its own
+    numbers: Counter[str] = Counter()
+    names: dict[int, str] = {}
+    for index in sorted(range(len(found)), key=lambda i: found[i].kind == 'video'):
         # No name leads out of the output folder, or is longer than a disk takes.
-        parts = [part[-MAX_NAME:].strip() for part in Path(entry.name).parts]
+        parts = [part[-MAX_NAME:].strip() for part in Path(found[index].name).parts]
         base = '/'.join(p for p in parts if p not in ('', '/', '.', '..')) or '_'
-        name, count = base, 1
-        while name.lower() in taken:
-            count += 1
-            name = f'{base}_{count}'
+        name = base
+        is_video = found[index].kind == 'video'
+        while name.lower() in taken or (is_video and name.lower() in folders):
+            numbers[base] += 1
+            name = f'{base}_{numbers[base] + 1}'
         taken.add(name.lower())
-        result.append(Entry(entry.kind, entry.place, name, entry.data))
-    return result
+        folders.update(str(p).lower() for p in Path(name).parents)
+        names[index] = name
+    return [replace(entry, name=names[i]) for i, entry in enumerate(found)]
 
 
 def count(found: Sequence[Entry], every: int = 1) -> int | None:
@@ -282,17 +321,9 @@ def _shrunk(picture: Picture, max_pixels: int) -> Picture:
     scale = (max_pixels / (width * height)) ** 0.5
     size = max(1, int(width * scale)), max(1, int(height * scale))
     image = cv2.resize(picture.image, size, interpolation=cv2.INTER_AREA)
-    note = f'{width} x {height} was shrunk to {size[0]} x {size[1]} for the model'
+    note = f'more than {max_pixels // 1_000_000} megapixels: shrunk for the model'
     note = f'{picture.note}; {note}' if picture.note else note
-    return Picture(
-        picture.name,
-        picture.file,
-        image,
-        (width, height),
-        note,
-        picture.frame,
-        picture.video,
-    )
+    return replace(picture, image=image, size=(width, height), note=note)
 
 
 def _from_address(
@@ -330,6 +361,8 @@ def _frames(
     what = f'camera {place}' if is_camera else shown(entry.place)
     if not is_camera and not os.path.isfile(place):
         raise DataError(f'{what} is no regular file, or was deleted')
+    if not is_camera:
+        _check_playlist(place, what)
     capture = cv2.VideoCapture(int(place) if is_camera else place)
     try:
         if not capture.isOpened():
@@ -341,7 +374,8 @@ def _frames(
         expected = int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
         fps = capture.get(cv2.CAP_PROP_FPS)
         # Devices and damaged files give 0, NaN or a million.
-        video = Video(entry.name, (fps if 1 <= fps <= 240 else 25.0) / every)
+        fps = fps if 1 <= fps <= 240 else 25.0
+        video = Video(entry.name, max(1.0, fps / every))
         number = 0
         while True:
             is_there, image = capture.read()
@@ -371,3 +405,11 @@ def _frames(
             )
     finally:
         capture.release()
+
+
+def _check_playlist(place: str, what: str) -> None:
+    """OpenCV would open the files that one names, whatever its own name is."""
+    with open(place, 'rb') as file:
+        start = file.read(64).lstrip(b'\xef\xbb\xbf \t\r\n').lower()
+    if start.startswith((b'#extm3u', b'ffconcat', b'<?xml', b'<mpd')):
+        raise DataError(f'{what} is a playlist, no video: name the videos themselves')
