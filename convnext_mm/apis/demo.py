@@ -1,7 +1,5 @@
 """Training a demo config on drawn shapes, and showing what it learned."""
 
-import json
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -11,6 +9,7 @@ import torch
 from matplotlib.figure import Figure
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
+from mmengine.logging import print_log
 from mmengine.runner import Runner
 from rich.console import Console
 from rich.table import Table
@@ -18,12 +17,16 @@ from rich.table import Table
 from convnext_mm.datasets import write_shapes
 from convnext_mm.datasets.data_paths import check_data
 from convnext_mm.engine.launch import fit_to_device, running
+from convnext_mm.engine.work_folder import checkpoints
 
 from .config import load_config, program
 from .config_check import check_config
 from .draw import draw_sample
+from .show import read_run
+from .show.runs import Run
 
 NUM_PICTURES = 8
+MAIN_METRICS = ('bbox_mAP', 'segm_mAP', 'mIoU')  # drawn where no goals are set
 THRESHOLD = 0.3  # lowest score that is drawn
 NEXT_STEPS = {
     'mmdet': (
@@ -48,13 +51,17 @@ NEXT_STEPS_OF_ALL = (
 )
 
 
-def run_demo(config: str, goals: dict[str, float], **options: Any) -> bool:
+def run_demo(
+    config: str, goals: dict[str, float], resume: bool = False, **options: Any
+) -> bool:
     """Draws the data where it is missing, trains, and writes predictions
     beside ground truth and curves into the work folder.
 
     Args:
         config: Path of a demo config.
         goals: Metrics to reach, without their prefix, in [0, 1].
+        resume: Go on with a demo that was interrupted; without, it starts anew and
+            deletes what that one left.
         **options: Of :func:`convnext_mm.apis.config.load_config`.
 
     Returns:
@@ -65,7 +72,13 @@ def run_demo(config: str, goals: dict[str, float], **options: Any) -> bool:
     """
     start = time.time()
     cfg = load_config(config, **options)
-    cfg.overwrite = True  # a demo starts from the beginning
+    cfg.resume, cfg.overwrite = resume, not resume
+    if not resume and checkpoints(cfg.work_dir):
+        print_log(
+            f'The demo starts anew, and deletes the checkpoints in {cfg.work_dir}; '
+            '--resume goes on with them.',
+            'current',
+        )
     check_config(cfg, 'train')
     draw_data(Path(cfg.data_root))
     fit_to_device(cfg)
@@ -73,15 +86,11 @@ def run_demo(config: str, goals: dict[str, float], **options: Any) -> bool:
     with running(cfg) as runner:
         runner.train()
         draw_pictures(runner, Path(cfg.work_dir) / 'pictures')
-        training, evaluations = read_log(runner)
-    metrics = last_metrics(evaluations, cfg.default_scope)
-    plot_curves(
-        training,
-        evaluations,
-        [n for n in goals if n in metrics],
-        cfg.default_scope,
-        Path(cfg.work_dir) / 'curves.png',
-    )
+    run = read_run(cfg.work_dir)
+    unit = 0.01 if cfg.default_scope == 'mmseg' else 1
+    metrics = last_metrics(run, unit)
+    drawn = [name for name in metrics if name in (goals or MAIN_METRICS)]
+    plot_curves(run, drawn, unit, Path(cfg.work_dir) / 'curves.png')
     return report(metrics, goals, cfg, (time.time() - start) / 60)
 
 
@@ -91,51 +100,29 @@ def draw_data(root: Path) -> None:
         write_shapes(str(root))
 
 
-def read_log(runner: Runner) -> tuple[list[dict], list[dict]]:
-    """Training and evaluation records of this run, in order."""
-    path = Path(runner._log_dir) / 'vis_data' / 'scalars.json'
-    records = [json.loads(line) for line in path.read_text().splitlines()]
-    training = [r for r in records if 'loss' in r]
-    return training, [r for r in records if 'loss' not in r]
+def last_metrics(run: Run, unit: float) -> dict[str, float]:
+    """Metrics of the last evaluation in [0, 1], without their prefix (``coco/``).
+
+    Args:
+        run: What was logged.
+        unit: 0.01 where metrics are in percent.
+    """
+    return {name.split('/')[-1]: unit * p[-1][1] for name, p in run.metrics.items()}
 
 
-def last_metrics(evaluations: list[dict], scope: str) -> dict[str, float]:
-    """Metrics of the last evaluation in [0, 1], without their prefix
-    (``coco/``) and those that COCO gives as -1 because there are no such
-    objects; MMSegmentation's are in percent."""
-    unit = 0.01 if scope == 'mmseg' else 1
-    return {
-        name.split('/')[-1]: value * unit
-        for name, value in evaluations[-1].items()
-        if name not in ('step', 'time', 'data_time') and value >= 0
-    }
-
-
-def plot_curves(
-    training: list[dict],
-    evaluations: list[dict],
-    names: list[str],
-    scope: str,
-    path: Path,
-) -> None:
+def plot_curves(run: Run, names: list[str], unit: float, path: Path) -> None:
+    """Draws the losses, and the metrics called ``names``."""
     figure = Figure(figsize=(10, 4), layout='tight')
     left, right = figure.subplots(1, 2)
-    for name in sorted(n for n in training[0] if 'loss' in n):
-        left.plot(
-            [r['step'] for r in training],
-            [r[name] for r in training],
-            label=name,
-            linewidth=2 if name == 'loss' else 1,
-        )
+    for name in sorted(n for n in run.training if 'loss' in n):
+        steps, values = zip(*run.training[name])
+        left.plot(steps, values, label=name, linewidth=2 if name == 'loss' else 1)
     left.set(title='Training loss', xlabel='iteration', ylim=(0, None))
     left.legend()
-    for name in names:
-        right.plot(
-            [r['step'] for r in evaluations],
-            [last_metrics([r], scope)[name] for r in evaluations],
-            marker='o',
-            label=name,
-        )
+    for name, points in run.metrics.items():
+        if name.split('/')[-1] in names:
+            steps, values = zip(*points)
+            right.plot(steps, [unit * v for v in values], marker='o', label=name)
     right.set(title='Held-out images', xlabel='iteration', ylim=(0, 1))
     right.legend()
     figure.savefig(path, dpi=120)
@@ -173,7 +160,7 @@ def report(
     next; whether all were."""
     console = Console(soft_wrap=True)
     table = Table(title=f'Held-out results after {minutes:.1f} minutes')
-    for column in ('metric', 'value', 'required', ''):
+    for column in ('metric', 'value', *(('required', '') if goals else ())):
         table.add_column(column)
     work_dir = Path(cfg.work_dir)
     shown = {**dict.fromkeys(goals), **metrics}
@@ -182,12 +169,12 @@ def report(
         value = metrics.get(name)
         good = name not in goals or (value is not None and value >= goals[name])
         reached &= good
-        table.add_row(
-            name,
-            '-' if value is None else f'{value:.3f}',
+        judged = (
             f'{goals[name]:.2f}' if name in goals else '',
             'reached' if name in goals and good else '' if good else '[red]NOT REACHED',
         )
+        shown_value = '-' if value is None else f'{value:.3f}'
+        table.add_row(name, shown_value, *(judged if goals else ()))
     console.print(table)
     for what, path in (
         ('pictures', 'pictures/'),
@@ -201,7 +188,7 @@ def report(
             f'  {what}:\n    '
             + command.format(
                 program=program(),
-                config=os.path.relpath(cfg.filename),
+                config=Path(cfg.filename).stem,
                 work_dir=work_dir,
                 data_root=cfg.data_root.rstrip('/'),
             ),

@@ -1,5 +1,6 @@
 """Evaluating a checkpoint with a config."""
 
+import os
 from typing import Any
 
 from mmengine.config import Config
@@ -147,6 +148,8 @@ def draw_predictions(
         raise ConfigError(
             '--show and --show-dir need default_hooks.visualization in the config'
         )
+    # The hooks would put another folder below one of the work folder's.
+    show_dir = show_dir and os.path.abspath(show_dir)
     scope = cfg.get('default_scope')
     switch = 'enable' if scope == 'mmpretrain' else 'draw'
     hook.update({switch: True}, show=show, wait_time=wait_time)

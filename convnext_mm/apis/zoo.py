@@ -96,9 +96,10 @@ class Model:
         try:
             return str(fetch(self.weights))
         except CheckpointDownloadError as error:
+            reason = str(error).partition('; ')[0]
             raise CheckpointDownloadError(
-                f'{error}. To do without a network, fetch {self.weights} elsewhere '
-                f'and put it at {cache_path(self.weights)}'
+                f'{reason}. Check the network; or fetch that file elsewhere and put it '
+                f'at {cache_path(self.weights)}'
             ) from error
 
 
@@ -188,13 +189,15 @@ def close_names(name: str) -> list[str]:
 
 
 def find_config(name: str) -> Path:
-    """The config at a path, or of a recipe.
+    """The config at a path, of a recipe, or of a work folder.
 
     Raises:
         ConfigError: There is neither; close names are given.
     """
     if os.path.isfile(name):
         return Path(name)
+    if os.path.isdir(name):
+        return _config_of(Path(name))
     model = find(name)
     if model is not None:
         return model.config
@@ -268,10 +271,8 @@ def _best(folder: Path) -> Path | None:
     return None
 
 
-def _in_work_folder(folder: Path, checkpoint: str | None) -> tuple[str, str]:
-    """The config that a run has left, and its best checkpoint or else the newest."""
-    from convnext_mm.engine import work_folder
-
+def _config_of(folder: Path) -> Path:
+    """That a run has left in its work folder."""
     # Of the newest start; a file beside the checkpoints may be anything.
     configs = sorted(folder.glob('*/vis_data/config.py'))[-1:]
     configs = configs or list(folder.glob('*.py'))
@@ -280,6 +281,14 @@ def _in_work_folder(folder: Path, checkpoint: str | None) -> tuple[str, str]:
             f'{folder} holds {len(configs) or "no"} configs (*.py): a work folder that '
             'training wrote has one; give a config and a checkpoint'
         )
+    return configs[0]
+
+
+def _in_work_folder(folder: Path, checkpoint: str | None) -> tuple[str, str]:
+    """The config of a run, and its best checkpoint or else the newest."""
+    from convnext_mm.engine import work_folder
+
+    config = _config_of(folder)
     if checkpoint is None:
         newest = _best(folder) or work_folder.newest_valid(folder)
         if newest is None:
@@ -288,4 +297,4 @@ def _in_work_folder(folder: Path, checkpoint: str | None) -> tuple[str, str]:
                 'epoch_*.pth)'
             )
         checkpoint = str(newest)
-    return str(configs[-1]), checkpoint
+    return str(config), checkpoint

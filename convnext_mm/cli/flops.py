@@ -2,7 +2,7 @@
 
 import click
 
-from .options import Command
+from .options import Command, complete_config
 
 
 @click.command(
@@ -12,7 +12,7 @@ Examples:
   convnext-mm flops mask-rcnn_convnext-t_fpn_8xb2-amp-ms-crop-3x_coco
   convnext-mm flops my_config.py --shape 512 512""",
 )
-@click.argument('config')
+@click.argument('config', shell_complete=complete_config)
 @click.option(
     '--shape',
     type=click.IntRange(1),

@@ -36,7 +36,6 @@ Examples:
 )
 @click.option(
     '--score',
-    'threshold',
     type=float,
     default=0.3,
     show_default=True,
@@ -44,12 +43,7 @@ Examples:
 )
 @click.option('--device', help='Such as cpu or cuda:1.  [default: the best there is]')
 @click.option(
-    '--batch',
-    'batch_size',
-    type=int,
-    default=1,
-    show_default=True,
-    help='Pictures at once.',
+    '--batch', type=int, default=1, show_default=True, help='Pictures at once.'
 )
 @click.option('--tta', is_flag=True, help='Average over scales and flips.')
 @click.option(
@@ -146,7 +140,11 @@ def _report(result: Any, out: str) -> None:
     pictures = f'{result.pictures} picture{"s" * (result.pictures != 1)}'
     console.print(
         f'{pictures}, {speed}'
-        + (f': {most}' if most else ': nothing was found')
+        + (
+            f': {most}'
+            if most
+            else ': nothing was found with a score of --score or more'
+        )
         + (', ...' if len(result.objects) > SHOWN else ''),
         markup=False,
     )

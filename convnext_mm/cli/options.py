@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import click
@@ -106,17 +106,31 @@ def _set_local_rank(ctx: click.Context, param: click.Parameter, value: Any) -> N
 def complete_model(
     ctx: click.Context, param: click.Parameter, incomplete: str
 ) -> list[CompletionItem]:
-    """Names of trained models, and files."""
+    """Names of trained models, or else files."""
     from convnext_mm.apis.zoo import models
 
+    trained = (model for model in models() if model.weights)
+    return _matching(trained, incomplete)
+
+
+def complete_config(
+    ctx: click.Context, param: click.Parameter, incomplete: str
+) -> list[CompletionItem]:
+    """Names of recipes, or else files."""
+    from convnext_mm.apis.zoo import models
+
+    return _matching(models(), incomplete)
+
+
+def _matching(models: Iterable[Any], incomplete: str) -> list[CompletionItem]:
     names = [
         CompletionItem(name)
-        for model in models()
-        if model.weights
+        for model in models
         for name in (*model.aliases, model.name)
         if name.startswith(incomplete)
     ]
-    return [*names, CompletionItem(incomplete, type='file')]
+    # A shell takes either.
+    return names or [CompletionItem(incomplete, type='file')]
 
 
 def config_options(command: Callable) -> Callable:

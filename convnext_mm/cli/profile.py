@@ -4,7 +4,7 @@ from typing import Any
 
 import click
 
-from .options import Command, config_options
+from .options import Command, complete_config, config_options
 
 
 @click.command(
@@ -14,7 +14,7 @@ Examples:
   convnext-mm profile my_config.py
   convnext-mm profile my_config.py --steps 10 --amp --work-dir profiles/amp""",
 )
-@click.argument('config')
+@click.argument('config', shell_complete=complete_config)
 @config_options
 @click.option('--amp', is_flag=True, help='In mixed precision, as `train --amp`.')
 @click.option(

@@ -4,7 +4,7 @@ from typing import Any
 
 import click
 
-from .options import Command, config_options, gpus_option, launch
+from .options import Command, complete_model, config_options, gpus_option, launch
 
 
 @click.command(
@@ -15,7 +15,7 @@ Examples:
   convnext-mm test my_config.py work_dirs/my_config/iter_40000.pth --gpus 8
   convnext-mm test work_dirs/my_config --show-dir pictures""",
 )
-@click.argument('model')
+@click.argument('model', shell_complete=complete_model)
 @click.argument('checkpoint', required=False)
 @config_options
 @gpus_option

@@ -4,7 +4,7 @@ from typing import Any
 
 import click
 
-from .options import Command, config_options, gpus_option, launch
+from .options import Command, complete_config, config_options, gpus_option, launch
 
 
 @click.command(
@@ -15,7 +15,7 @@ Examples:
   convnext-mm train my_config.py --cfg-options train_dataloader.batch_size=4
   convnext-mm train my_config.py --resume""",
 )
-@click.argument('config')
+@click.argument('config', shell_complete=complete_config)
 @config_options
 @gpus_option
 @click.option(

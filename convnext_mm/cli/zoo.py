@@ -85,17 +85,21 @@ def _print_table(models: list[Any]) -> None:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
-    table.add_column('name', overflow='fold')
+    table.add_column('name', no_wrap=True)
     table.add_column('published', overflow='fold')
     table.add_column('weights', no_wrap=True)
     for model in models:
-        state = 'fetched' if model.cached else 'by name' if model.weights else 'none'
+        state = 'fetched' if model.cached else 'by name' if model.weights else 'recipe'
         figures = ', '.join(
             f'{value} {name.partition(" (")[0]}'
             for name, value in model.metrics.items()
         )
         table.add_row(model.shortest, figures, state)
-    Console().print(table)
+    # In a pipe each is one line, to be searched.
+    console = Console()
+    console.print(table, crop=False) if console.is_terminal else Console(
+        width=200
+    ).print(table)
     trained = sum(m.weights is not None for m in models)
     click.echo(f'{len(models)} recipes, {trained} with trained weights')
 
@@ -113,4 +117,6 @@ def _print_one(model: Any) -> None:
         'fetched': model.cached or 'no',
     }
     for name, value in rows.items():
+        if name in ('Parameters', 'FLOPs'):
+            value = f'{value / 1e6:,.1f} million'
         click.echo(f'{name:24} {value}')

@@ -1,5 +1,6 @@
 """What train.py and test.py do before a runner exists."""
 
+import os
 import sys
 
 import pytest
@@ -221,4 +222,4 @@ def test_show_dir_switches_the_hook_on(tmp_path, checkpoint):
     write_shapes(tmp_path, 1, 1, 64)
     cfg = test.prepare(DEMO, checkpoint, data_root=str(tmp_path), show_dir='x')
     assert cfg.default_hooks.visualization.draw is True
-    assert cfg.default_hooks.visualization.test_out_dir == 'x'
+    assert cfg.default_hooks.visualization.test_out_dir == os.path.abspath('x')

@@ -138,7 +138,7 @@ USED = {
     'a line': (encoded(picture(size=(64, 1)), 'PNG'), None),
 }
 REFUSED = {
-    'text': (b'this is no picture', 'is no picture that Pillow can read'),
+    'text': (b'this is no picture', 'is no picture, but text'),
     'empty': (b'', 'is empty'),
     'cut jpeg': (encoded(picture(), 'JPEG')[:-900], 'damaged or cut off'),
     'cut png': (encoded(picture(), 'PNG')[:-900], 'damaged or cut off'),
@@ -167,7 +167,7 @@ def test_pictures_that_are_used(kind, detector, tmp_path):
     path.write_bytes(data)
     image, found = decode(data, 'x')
     assert image.dtype == np.uint8 and image.shape[2] == 3
-    result = infer(detector, str(path), tmp_path / 'out', threshold=0, progress=False)
+    result = infer(detector, str(path), tmp_path / 'out', score=0, progress=False)
     assert result.pictures == 1 and not result.failures
     assert result[0].size == image.shape[1::-1]
     assert (tmp_path / 'out/pictures/picture.jpg').is_file()
@@ -219,7 +219,7 @@ def test_large_pictures(weights, segmentor, tmp_path):
     few = {'model.test_cfg.rcnn.max_per_img': 2}
     detector = Predictor(str(ROOT / SHAPES), weights[SHAPES], 'cpu', cfg_options=few)
     for predictor, megapixels in ((detector, 16), (segmentor, 4)):
-        result = infer(predictor, path, threshold=0, progress=False)
+        result = infer(predictor, path, score=0, progress=False)
         note = f'more than {megapixels} megapixels: shrunk for the model'
         assert result.notes == {note: 1}
         (found,) = result
@@ -245,6 +245,9 @@ def test_folders_patterns_and_names(detector, tmp_path):
     assert not list(out.rglob('*.tmp'))
     result = infer(detector, str(tmp_path / 'a' / '**/*.jpg'), progress=False)
     assert len(result) == 1
+    # Each file once, whatever names it.
+    sources = [tmp_path / 'a', tmp_path / 'a/x.jpg', tmp_path / 'b/../a/*.jpg']
+    assert len(infer(detector, sources, progress=False)) == 1
 
 
 def test_pictures_of_one_name_in_the_ground_truth(detector, tmp_path):
@@ -262,7 +265,7 @@ def test_pictures_of_one_name_in_the_ground_truth(detector, tmp_path):
         detector,
         [tmp_path / 'x', tmp_path / 'y'],
         out,
-        threshold=0,
+        score=0,
         ground_truth=str(path),
         progress=False,
     )
@@ -287,7 +290,7 @@ PAIRS = [(3, 'x/1.jpg'), (5, 'y/1.jpg')]
 def test_names_that_are_no_text(detector, tmp_path):
     path = os.fsencode(tmp_path) + b'/caf\xe9.jpg'
     Path(os.fsdecode(path)).write_bytes(USED['jpeg'][0])
-    infer(detector, tmp_path, tmp_path / 'out', threshold=0, progress=False)
+    infer(detector, tmp_path, tmp_path / 'out', score=0, progress=False)
     assert b'caf\xe9.jpg' in (tmp_path / 'out/predictions.csv').read_bytes()
 
 
@@ -433,7 +436,7 @@ def video(path: Path, frames: int = 12) -> Path:
 def test_videos(detector, tmp_path):
     path = video(tmp_path / 'clip.avi')
     out = tmp_path / 'out'
-    result = infer(detector, path, out, every=2, threshold=0, progress=False)
+    result = infer(detector, path, out, every=2, score=0, progress=False)
     assert [found.frame for found in result] == [0, 2, 4, 6, 8, 10]
     written = cv2.VideoCapture(str(out / 'pictures/clip.mp4'))
     assert written.get(cv2.CAP_PROP_FRAME_COUNT) == 6
@@ -468,8 +471,8 @@ def test_objects_as_coco_reads_them(detector, shapes, tmp_path):
         detector,
         shapes / 'images/validation',
         tmp_path,
-        threshold=0.05,
-        batch_size=2,
+        score=0.05,
+        batch=2,
         ground_truth=str(truth),
         progress=False,
     )
@@ -495,9 +498,7 @@ def test_objects_as_coco_reads_them(detector, shapes, tmp_path):
             )
             mask = found.annToMask(annotation)
             assert mask.shape == (96, 96) and mask.sum() == annotation['area']
-            np.testing.assert_array_equal(
-                mask, coco_mask.decode(prediction.masks[index])
-            )
+            np.testing.assert_array_equal(mask, prediction.binary_masks()[index])
             name = given.cats[annotation['category_id']]['name']
             assert name == prediction.classes[prediction.labels[index]]
     # Ground truth on the left, what was found on the right, large enough to read.
@@ -530,7 +531,7 @@ def test_same_numbers_as_the_librarys_inferencer(weights, shapes, tmp_path):
         str(ROOT / SHAPES), weights[SHAPES], device='cpu', show_progress=False
     )(paths, return_datasamples=True)['predictions']
     plain = Predictor(str(ROOT / SHAPES), weights[SHAPES], 'cpu', deploy=False)
-    for expected, found in zip(stock, infer(plain, paths, threshold=0, progress=False)):
+    for expected, found in zip(stock, infer(plain, paths, score=0, progress=False)):
         np.testing.assert_array_equal(found.boxes, expected.pred_instances.bboxes)
         np.testing.assert_array_equal(found.scores, expected.pred_instances.scores)
         masks = np.array([coco_mask.decode(mask) for mask in found.masks])
@@ -566,8 +567,8 @@ def test_pictures_of_several_sizes(segmentor, detector):
     """A detector pads what is smaller, which moves its numbers a little."""
     images = [noise(48, 64, 3), noise(64, 48, 3), noise(48, 64, 3), noise(48, 64, 3)]
     for predictor in (segmentor, detector):
-        single = infer(predictor, images, threshold=0, progress=False)
-        batch = infer(predictor, images, threshold=0, batch_size=3, progress=False)
+        single = infer(predictor, images, score=0, progress=False)
+        batch = infer(predictor, images, score=0, batch=3, progress=False)
         assert [f.name for f in batch] == ['array', 'array_2', 'array_3', 'array_4']
         for one, other in zip(single, batch):
             if one.class_map is not None:
@@ -600,9 +601,9 @@ def test_test_time_augmentation(weights):
 @pytest.mark.parametrize(
     'settings, reason',
     [
-        (dict(threshold=1.5), 'threshold is a number from 0 to 1, got 1.5'),
+        (dict(score=1.5), 'score is a number from 0 to 1, got 1.5'),
         (dict(opacity=-1), 'opacity is a number from 0 to 1'),
-        (dict(batch_size=0), 'batch_size is a number from 1 on'),
+        (dict(batch=0), 'batch is a number from 1 on'),
         (dict(every=0), 'every is a number from 1 on'),
         (dict(limit=0), 'limit is a number from 1 on'),
         (dict(tta=True), 'are arguments of Predictor, where model is one'),
@@ -617,8 +618,10 @@ def test_settings_that_are_wrong(settings, reason, detector):
 
 def test_ground_truth_that_is_none(segmentor, detector, shapes, tmp_path):
     image = shapes / 'images/validation/00000.png'
+    maps = tmp_path / 'truth'
+    maps.mkdir()
     for wrong, reason in (
-        (tmp_path, 'holds no class maps'),
+        (maps, 'holds no class maps'),
         (tmp_path / 'none', 'is no folder: the ground truth of a segmentor'),
     ):
         with pytest.raises(DataError, match=reason):
@@ -630,13 +633,13 @@ def test_ground_truth_that_is_none(segmentor, detector, shapes, tmp_path):
         (np.zeros((96, 96, 3), np.uint8), 'is no class map'),
         (np.zeros((10, 96), np.uint8), 'is 96 x 10, its picture 96 x 96'),
     ):
-        cv2.imwrite(str(tmp_path / '00000.png'), wrong)
+        cv2.imwrite(str(maps / '00000.png'), wrong)
         result = infer(
-            segmentor, image, tmp_path / 'o', ground_truth=str(tmp_path), progress=False
+            segmentor, image, tmp_path / 'o', ground_truth=str(maps), progress=False
         )
         assert result.pictures == 1 and re.search(reason, result.failures[0])
-    (tmp_path / '00000.png').rename(tmp_path / 'other.png')
-    result = infer(segmentor, image, ground_truth=str(tmp_path), progress=False)
+    (maps / '00000.png').rename(maps / 'other.png')
+    result = infer(segmentor, image, ground_truth=str(maps), progress=False)
     assert 'has nothing of any of these pictures' in result.failures[0]
     other = json.dumps(
         dict(images=[], annotations=[], categories=[dict(id=1, name='x')])

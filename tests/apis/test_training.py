@@ -246,5 +246,8 @@ def test_demo_shows_and_judges(tmp_path):
     assert len(list((tmp_path / 'work' / 'pictures').glob('*.png'))) == 4
     steps = [r['step'] for r in records(tmp_path / 'work') if 'loss' not in r]
     assert steps == [3, 6]
+    again = ('demo', SHAPES, '--data-root', data, '--work-dir', tmp_path / 'work')
+    said = tool(*again, '--resume', '--cfg-options', *FEW_ITERATIONS)
+    assert 'is left to train' in said and 'starts anew' not in said
     for name in ('overview.png', 'curves.png'):
         assert (tmp_path / 'work' / name).stat().st_size > 10_000

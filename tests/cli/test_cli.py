@@ -204,6 +204,8 @@ def test_completion(tmp_path):
         ('convnext-mm in', 'plain,infer'),
         ('convnext-mm infer mmseg::upernet_convnext-x', 'upernet_convnext-xl-in22k'),
         ('convnext-mm zoo --ta', '--task'),
+        ('convnext-mm train mask-rcnn_convnext-at', 'plain,mask-rcnn_convnext-atto'),
+        ('convnext-mm infer my_con', 'file,my_con'),
     ):
         command = ['-c', 'import sys; from convnext_mm.cli import main; main()']
         env = {
@@ -218,6 +220,8 @@ def test_completion(tmp_path):
             text=True,
         )
         assert expected in done.stdout
+        # A shell that is told to name files forgets the names before.
+        assert ('file,' in done.stdout) is expected.startswith('file')
 
 
 def test_an_environment_that_lacks_mmengine(tmp_path):

@@ -64,8 +64,8 @@ def infer(
     *,
     checkpoint: str | None = None,
     device: str | None = None,
-    batch_size: int = 1,
-    threshold: float = 0.3,
+    batch: int = 1,
+    score: float = 0.3,
     tta: bool = False,
     deploy: bool = True,
     pictures: bool = True,
@@ -95,8 +95,8 @@ def infer(
         out: Folder to write to, see :class:`.outputs.Outputs`; None: nothing is.
         checkpoint: Path or address, where ``model`` is a config.
         device: Such as ``'cpu'`` or ``'cuda:1'``; by default the best there is.
-        batch_size: Pictures at once; a segmentor takes those of one size together.
-        threshold: Objects with lower scores are left out.
+        batch: Pictures at once; a segmentor takes those of one size together.
+        score: Objects with lower scores are left out.
         tta: Average over scales and flips, as the config says.
         deploy: Fold and pack the backbone for inference.
         pictures, data: What to write into ``out``.
@@ -118,8 +118,8 @@ def infer(
         DataError: There is nothing to look at, or no picture could be used. Others
             that cannot are in ``failures``.
     """
-    _check(batch_size=batch_size, every=every)
-    _check_share(threshold=threshold, opacity=opacity)
+    _check(batch=batch, every=every)
+    _check_share(score=score, opacity=opacity)
     if limit is not None:
         _check(limit=limit)
     from . import ground_truth as truths
@@ -166,8 +166,8 @@ def infer(
     try:
         with _progress(progress, total) as advance, writer or nullcontext():
             start = time.monotonic()
-            for batch in _batches(pictures_read, batch_size, predictor.can_batch):
-                for picture, sample in zip(batch, predictor(batch, threshold)):
+            for group in _batches(pictures_read, batch, predictor.can_batch):
+                for picture, sample in zip(group, predictor(group, score)):
                     prediction = to_prediction(picture, sample, predictor.classes)
                     number = None
                     try:

@@ -146,4 +146,8 @@ def _what_it_is(data: bytes) -> str:
             if brand in ('heic', 'heix', 'mif1', 'avif')
             else None
         )
+    if kind is None:
+        with contextlib.suppress(UnicodeDecodeError):
+            if data[:200].decode().isprintable():
+                kind = 'text'
     return f', but {kind}' if kind else ' that Pillow can read'

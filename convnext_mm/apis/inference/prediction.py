@@ -1,7 +1,7 @@
 """What a model finds in a picture, in the pixels of the picture as it was given."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import cv2
@@ -33,12 +33,19 @@ class Prediction:
     file: str
     frame: int | None
     size: tuple[int, int]
-    classes: tuple[str, ...]
+    classes: tuple[str, ...] = field(repr=False)
     labels: np.ndarray | None = None
     scores: np.ndarray | None = None
     boxes: np.ndarray | None = None
     masks: list[dict[str, Any]] | None = None
     class_map: np.ndarray | None = None
+
+    def binary_masks(self) -> np.ndarray:
+        """``masks`` as (N, H, W) bool; N is 0 where there are none."""
+        from pycocotools import mask as coco_mask
+
+        decoded = [coco_mask.decode(mask) > 0 for mask in self.masks or ()]
+        return np.array(decoded, bool).reshape(-1, *self.size[::-1])
 
 
 def to_prediction(picture: Picture, sample: Any, classes: Sequence[str]) -> Prediction:

@@ -112,7 +112,20 @@ def entries(sources: Sequence[Any], exclude: Sequence[Path] = ()) -> list[Entry]
             )
     if not found:
         raise DataError('no source is given: name files, folders, addresses or videos')
-    return _with_own_names(found)
+    return _with_own_names(_once(found))
+
+
+def _once(found: Sequence[Entry]) -> list[Entry]:
+    """A file that several sources name is read once."""
+    seen: set[str] = set()
+    result = []
+    for entry in found:
+        is_file = entry.kind in ('picture', 'video')
+        place = os.path.realpath(entry.place) if is_file else entry.place
+        if not is_file or place not in seen:
+            seen.add(place)
+            result.append(entry)
+    return result
 
 
 def _entries_of(source: str, exclude: Sequence[Path]) -> list[Entry]:
