@@ -353,10 +353,18 @@ def _check_backbone(block: _Block) -> None:
     known = inspect.signature(ConvNeXt).parameters
     unknown = sorted(backbone.keys() - known.keys() - {'type', '_scope_'})
     if unknown and kind is ConvNeXt:
+        close = [
+            difflib.get_close_matches(name, known, 1, KEY_CUTOFF) for name in unknown
+        ]
         raise ConfigError(
             f'{place}.backbone has {", ".join(unknown)}, which {kind.__name__} does '
-            'not take: where a base config has another backbone, begin ours with '
-            '_delete_=True'
+            'not take: '
+            + (
+                f'did you mean {", ".join(name for (name,) in close)}?'
+                if all(close)
+                else 'where a base config has another backbone, begin ours with '
+                '_delete_=True'
+            )
         )
     try:
         arch = parse_arch(backbone.get('arch', known['arch'].default))

@@ -255,6 +255,11 @@ MAPS = [40, 80, 160, 320]
             ['model.backbone has depth, style', '_delete_=True'],
         ),
         (
+            DETECTOR,
+            {'model.backbone.archh': 'tiny'},
+            ['model.backbone has archh', 'did you mean arch?'],
+        ),
+        (
             SEGMENTOR,
             {'model.backbone.out_indices': (1, 2, 3)},
             ['model.decode_head.in_index=[0, 1, 2, 3]', 'must be below 3'],
