@@ -278,6 +278,10 @@ def test_pictures_of_one_name_in_the_ground_truth(detector, tmp_path):
     path.write_text(json.dumps({**truth, 'annotations': [bad]}))
     result = infer(detector, tmp_path / 'x', ground_truth=str(path), progress=False)
     assert 'annotation 1 of the ground truth cannot be read' in result.failures[0]
+    path.write_text(json.dumps({**truth, 'images': images[:1]}))
+    sources = [tmp_path / 'x', tmp_path / 'y']
+    result = infer(detector, sources, ground_truth=str(path), progress=False)
+    assert 'is called in the ground truth as' in result.failures[0]
     images[1]['file_name'] = 'z/x/1.jpg'
     path.write_text(json.dumps(truth))
     result = infer(detector, tmp_path / 'x', ground_truth=str(path), progress=False)

@@ -29,13 +29,13 @@ class _Files:
         self.known: dict[str, list[tuple[tuple[str, ...], Any]]] = defaultdict(list)
         for path, value in paths:
             self.known[path.stem].append((path.with_suffix('').parts[::-1], value))
-        self.used = False  # whether any was ever found
+        self.used: dict[Any, str] = {}  # a value to the picture that has it
 
     def of(self, picture: Picture) -> Any:
         """The value of the file whose path agrees longest; None: there is none.
 
         Raises:
-            DataError: Two agree as long.
+            DataError: Two agree as long, or another picture has it already.
         """
         own = Path(picture.file).with_suffix('').parts[::-1]
         found = [
@@ -51,7 +51,12 @@ class _Files:
                 f'{shown(picture.file)}: {len(best)} files of the ground truth are '
                 'called so; name the folder above them as a source'
             )
-        self.used = True
+        other = self.used.setdefault(best[0], picture.file)
+        if other != picture.file:
+            raise DataError(
+                f'{shown(picture.file)} is called in the ground truth as '
+                f'{shown(other)} is: name the folder above them as a source'
+            )
         return best[0]
 
 

@@ -57,7 +57,7 @@ class Predictor:
         cfg_options: dict | None = None,
     ) -> None:
         _check_device(device)
-        config, weights, self.known = resolve(model, checkpoint)
+        config, weights, _ = resolve(model, checkpoint)
         cfg = load_config(config, cfg_options=cfg_options)
         self.scope = cfg.get('default_scope')
         if self.scope not in MAX_PIXELS:
@@ -80,7 +80,6 @@ class Predictor:
                 if isinstance(module, ConvNeXt):
                     module.switch_to_deploy()
         self.max_pixels = MAX_PIXELS[self.scope]
-        self.cfg, self.weights = cfg, weights
 
     @property
     def dataset_meta(self) -> dict[str, Any]:
