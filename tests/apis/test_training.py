@@ -52,11 +52,11 @@ def test_train_test_resume(shapes, tmp_path):
         '--work-dir',
         tmp_path / 'b',
         '--show-dir',
-        'pictures',
+        tmp_path / 'pictures',
         *common,
     )
     assert metrics_of_test(tmp_path / 'b') == trained
-    assert list((tmp_path / 'b').glob('*/pictures/*.png'))
+    assert list((tmp_path / 'pictures').glob('**/*.png'))
     tool(
         'test',
         SHAPES,
