@@ -371,13 +371,15 @@ def test_sources_that_are_none(source, reason, detector, tmp_path, monkeypatch):
         infer(detector, source, progress=False)
 
 
-def test_unreadable(detector, tmp_path):
+def test_unreadable(detector, tmp_path, monkeypatch):
     path = tmp_path / 'locked.jpg'
     path.write_bytes(USED['jpeg'][0])
-    path.chmod(0)
-    if os.access(path, os.R_OK):
-        pytest.skip('nothing is locked for the superuser')
-    with pytest.raises(DataError, match='Permission denied'):
+
+    def refused(self):  # as the system does; nothing is locked for the superuser
+        raise PermissionError(errno.EACCES, 'Permission denied', str(self))
+
+    monkeypatch.setattr(Path, 'read_bytes', refused)
+    with pytest.raises(DataError, match='locked.jpg cannot be read: Permission denied'):
         infer(detector, path, progress=False)
 
 
@@ -697,6 +699,29 @@ def test_outputs_that_cannot_be_written(detector, tmp_path):
         infer(detector, other, tmp_path / 'o', progress=False)
 
 
+def test_ground_truth_stays(detector, segmentor, shapes, tmp_path):
+    """Also what an earlier run found, where that is the ground truth."""
+    image = shapes / 'images/validation/00000.png'
+    for predictor, name in ((detector, 'predictions.json'), (segmentor, 'maps')):
+        infer(predictor, image, tmp_path / name, score=0.05, progress=False)
+        truth = tmp_path / name / name
+        files = [truth] if truth.is_file() else list(truth.iterdir())
+        before = [path.read_bytes() for path in files]
+        with pytest.raises(ConfigError, match='is one of the sources'):
+            infer(
+                predictor,
+                image,
+                tmp_path / name,
+                ground_truth=str(truth),
+                progress=False,
+            )
+        assert [path.read_bytes() for path in files] == before
+        result = infer(
+            predictor, image, tmp_path / 'o', ground_truth=str(truth), progress=False
+        )
+        assert not result.failures
+
+
 def test_sources_of_a_segmentor_stay(segmentor, tmp_path):
     source = tmp_path / 'maps/a.png'
     source.parent.mkdir()
@@ -708,11 +733,11 @@ def test_sources_of_a_segmentor_stay(segmentor, tmp_path):
 
 def test_two_runs_in_one_folder(detector, tmp_path):
     image = noise(48, 64, 3)
-    with (
-        outputs.Outputs(tmp_path, ['a'], [(0, 0, 0)]),
-        pytest.raises(ConfigError, match='another run writes to'),
-    ):
-        infer(detector, image, tmp_path, progress=False)
+    with outputs.Outputs(tmp_path, ['a'], [(0, 0, 0)]):
+        (tmp_path / 'predictions.csv').write_text("the other run's")
+        with pytest.raises(ConfigError, match='another run writes to'):
+            infer(detector, image, tmp_path, progress=False)
+        assert (tmp_path / 'predictions.csv').is_file()
     infer(detector, image, tmp_path, progress=False)
     assert (tmp_path / 'predictions.json').is_file()
     # What an earlier run found does not pass for what this one found.

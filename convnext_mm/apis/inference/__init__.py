@@ -144,6 +144,12 @@ def infer(
         predictor = model
     truth = truths.load(ground_truth, predictor) if ground_truth else None
     result = Inference() if result is None else result
+    total = sources.count(found, every)
+    if limit is not None:
+        total = limit if total is None else min(limit, total)
+    pictures_read = _usable(
+        sources.read(found, predictor.max_pixels, every), result, limit
+    )
     writer = (
         Outputs(
             out,
@@ -152,16 +158,10 @@ def infer(
             data,
             truth.category_ids if truth else None,
             truth.next_image_id if truth else 1,
-            [entry.place for entry in found],
+            [entry.place for entry in found] + (truth.paths if truth else []),
         )
         if out
         else None
-    )
-    total = sources.count(found, every)
-    if limit is not None:
-        total = limit if total is None else min(limit, total)
-    pictures_read = _usable(
-        sources.read(found, predictor.max_pixels, every), result, limit
     )
     try:
         with _progress(progress, total) as advance, writer or nullcontext():

@@ -100,6 +100,7 @@ class Objects:
                 f'({shown(", ".join(classes), 100)}); it has '
                 f'{shown(", ".join(categories), 200)}'
             )
+        self.paths = [path]
         self.classes = tuple(classes)
         self.names = {number: name for name, number in categories.items()}
         # What the file lacks is numbered after what it has.
@@ -172,6 +173,7 @@ class ClassMaps:
         paths = list(Path(folder).rglob('*.png'))
         if not paths:
             raise DataError(f'{shown(folder)} holds no class maps (*.png)')
+        self.paths = list(map(str, paths))
         self.files = _Files((path, path) for path in paths)
         self.reduce_zero_label, self.num_classes = reduce_zero_label, num_classes
 

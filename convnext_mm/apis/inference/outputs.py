@@ -43,7 +43,7 @@ class Outputs:
         category_ids: Of the classes in the json; by default COCO's own for COCO's
             classes, else from 1 on.
         next_image_id: Of the first picture that has no id.
-        sources: Files that must not be overwritten.
+        sources: Files that must not be overwritten, ground truth among them.
 
     Raises:
         ConfigError: Nothing can be written there, or another run writes there.
@@ -75,15 +75,12 @@ class Outputs:
             probe = self.folder / f'.{os.getpid()}.tmp'
             probe.write_bytes(b'')
             probe.unlink()
-            # Of another run: they would pass for this one's.
-            for name in ('predictions.json', 'predictions.csv'):
-                if os.path.realpath(self.folder / name) not in self._sources:
-                    (self.folder / name).unlink(missing_ok=True)
         except OSError as error:
             raise ConfigError(
                 f'nothing can be written into {self.folder} ({error.strerror}): give '
                 'another folder with --out'
             ) from None
+        earlier = [self._target('', f'predictions.{kind}') for kind in ('json', 'csv')]
         self._lock = os.open(self.folder, os.O_RDONLY)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -94,6 +91,9 @@ class Outputs:
             ) from None
         except OSError:  # not every file system has locks
             pass
+        for path in earlier:  # they would pass for what this run found
+            if path.is_file():
+                path.unlink()
 
     def __enter__(self) -> 'Outputs':
         return self
