@@ -53,6 +53,8 @@ def load_config(
     """
     path = find_config(config)
     cfg = Config.fromfile(path)
+    if os.path.isdir(config):  # what its last start was asked for is not asked again
+        cfg.resume = cfg.overwrite = False
     if cfg.get('default_scope') in NEED_OPERATORS:
         check_operators()
         _import_quietly(cfg.default_scope)

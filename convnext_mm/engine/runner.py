@@ -202,6 +202,17 @@ class Runner(ShardableRunner):
             }
         )
 
+    def dump_config(self) -> None:
+        """As MMEngine's, without what was asked of this start alone: who trains with
+        the config in a work folder has not asked to delete what is there."""
+        asked = {
+            key: self.cfg.pop(key) for key in ('resume', 'overwrite') if key in self.cfg
+        }
+        try:
+            super().dump_config()
+        finally:
+            self.cfg.update(asked)
+
     def test(self) -> dict:
         """As MMEngine's; the checkpoint must have what the model has."""
         self._is_strict = True

@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -246,6 +247,11 @@ def test_demo_shows_and_judges(tmp_path):
     assert len(list((tmp_path / 'work' / 'pictures').glob('*.png'))) == 4
     steps = [r['step'] for r in records(tmp_path / 'work') if 'loss' not in r]
     assert steps == [3, 6]
+    # A demo deletes what was there; its work folder, as a config, does not.
+    for config in (tmp_path / 'work', tmp_path / 'work' / Path(SHAPES).name):
+        said = tool('train', config, check=False)
+        assert '--overwrite' in said and 'error: ' in said, said[-3000:]
+        assert (tmp_path / 'work/iter_6.pth').is_file()
     again = ('demo', SHAPES, '--data-root', data, '--work-dir', tmp_path / 'work')
     said = tool(*again, '--resume', '--cfg-options', *FEW_ITERATIONS)
     assert 'is left to train' in said and 'starts anew' not in said
