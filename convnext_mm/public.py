@@ -21,19 +21,30 @@ from . import compat  # noqa: F401
 from .apis.inference import infer
 from .checkpoint import CheckpointError, convert_state_dict, load_checkpoint
 from .checkpoint.gate import install as _install_gate
+from .datasets import corruptions as _corruptions  # noqa: F401, registers it
+from .datasets import imagenet_sets as _imagenet_sets  # noqa: F401, registers them
 from .engine import csv_backend as _csv_backend  # noqa: F401, registers it
 from .engine import hooks as _hooks  # noqa: F401, registers them
 from .engine.optimizers import AmpOptimWrapper, LayerDecayOptimWrapperConstructor
 from .engine.sharding import FullyShard
-from .models import ConvNeXt, ReleasedClassifierInit
+from .models import (
+    ConvNeXt,
+    IsotropicConvNeXt,
+    ModernizedResNet,
+    ReleasedClassifierInit,
+    SimplePyramid,
+)
 
 __all__ = [
     'AmpOptimWrapper',
     'CheckpointError',
     'ConvNeXt',
     'FullyShard',
+    'IsotropicConvNeXt',
     'LayerDecayOptimWrapperConstructor',
+    'ModernizedResNet',
     'ReleasedClassifierInit',
+    'SimplePyramid',
     'convert_state_dict',
     'infer',
     'load_checkpoint',

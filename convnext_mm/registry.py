@@ -9,14 +9,17 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
+from mmengine.registry import DATASETS as ROOT_DATASETS
 from mmengine.registry import HOOKS as ROOT_HOOKS
 from mmengine.registry import LOOPS as ROOT_LOOPS
+from mmengine.registry import METRICS as ROOT_METRICS
 from mmengine.registry import MODEL_WRAPPERS as ROOT_MODEL_WRAPPERS
 from mmengine.registry import MODELS as ROOT_MODELS
 from mmengine.registry import (
     OPTIM_WRAPPER_CONSTRUCTORS as ROOT_OPTIM_WRAPPER_CONSTRUCTORS,
 )
 from mmengine.registry import OPTIM_WRAPPERS as ROOT_OPTIM_WRAPPERS
+from mmengine.registry import TRANSFORMS as ROOT_TRANSFORMS
 from mmengine.registry import VISBACKENDS as ROOT_VISBACKENDS
 from mmengine.registry import WEIGHT_INITIALIZERS as ROOT_WEIGHT_INITIALIZERS
 from mmengine.registry import Registry
@@ -40,6 +43,15 @@ OPTIM_WRAPPER_CONSTRUCTORS = Registry(
     parent=ROOT_OPTIM_WRAPPER_CONSTRUCTORS,
     scope=SCOPE,
     locations=['convnext_mm'],
+)
+DATASETS = Registry(
+    'dataset', parent=ROOT_DATASETS, scope=SCOPE, locations=['convnext_mm']
+)
+TRANSFORMS = Registry(
+    'transform', parent=ROOT_TRANSFORMS, scope=SCOPE, locations=['convnext_mm']
+)
+METRICS = Registry(
+    'metric', parent=ROOT_METRICS, scope=SCOPE, locations=['convnext_mm']
 )
 VISBACKENDS = Registry(
     'vis_backend', parent=ROOT_VISBACKENDS, scope=SCOPE, locations=['convnext_mm']

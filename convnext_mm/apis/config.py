@@ -23,6 +23,7 @@ from convnext_mm.engine import supervision
 from convnext_mm.engine.agreement import Interrupted
 from convnext_mm.engine.errors import ConfigError, TrainingError
 
+from .config_check import follow_backbone
 from .quiet import quiet
 from .zoo import find_config
 
@@ -61,6 +62,11 @@ def load_config(
     cfg.launcher = launcher
     if cfg_options is not None:
         cfg.merge_from_dict(cfg_options)
+        given = {name for name in cfg_options if name.startswith('model.')}
+        if any(name.startswith('model.backbone.') for name in given):
+            follow_backbone(cfg)
+            # What an option says of necks and heads, it says.
+            cfg.merge_from_dict({name: cfg_options[name] for name in given})
     if data_root is not None:
         if not cfg.get('data_root'):
             raise ConfigError(

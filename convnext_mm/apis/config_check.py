@@ -10,13 +10,14 @@ from os.path import splitext
 from typing import Any, Literal, NamedTuple
 
 import mmengine.registry as registries
+import torch
 from mmengine.config import Config
+from mmengine.logging import print_log
 from mmengine.registry import Registry
 from mmengine.runner import FlexibleRunner, Runner
 
 from convnext_mm.engine.errors import ConfigError
-from convnext_mm.models import ConvNeXt
-from convnext_mm.models.arguments import parse_arch, parse_out_indices
+from convnext_mm.models import StagedBackbone
 
 CONFIG_SUFFIXES = ('.py', '.yaml', '.yml', '.json')
 CHECKPOINT_SUFFIXES = ('.pth', '.pt', '.ckpt', '.bin', '.pkl', '.safetensors')
@@ -193,6 +194,31 @@ def check_config(cfg: Config, task: Literal['train', 'test']) -> None:
             check(block)
 
 
+def follow_backbone(cfg: Config) -> None:
+    """Gives necks and heads the channels that their backbone, of this package,
+    emits; for configs in which an option has just changed the backbone.
+
+    Args:
+        cfg: The whole config, changed in place. Each change is logged.
+
+    Raises:
+        ConfigError: The backbone cannot be built.
+    """
+    scope = cfg.get('default_scope') or 'mmengine'
+    for block in list(_blocks(cfg.get('model'), 'model', scope)):
+        channels = _out_channels(block)
+        for name, reader in _readers(block) if channels else ():
+            problem = _misfit(reader, _bases(_class(reader, scope)), channels)
+            if problem and problem[0] != 'in_index':
+                setting, right = problem
+                print_log(
+                    f'{name}.{setting}={right}, as {block.place}.backbone emits it '
+                    f'(not {reader[setting]})',
+                    logger='current',
+                )
+                reader[setting] = right
+
+
 def _check_keys(cfg: Config) -> None:
     # The text of a config that imports its bases leaves them out.
     if 'read_base' in cfg.text:
@@ -345,14 +371,28 @@ def _class(settings: Any, scope: str) -> Any:
 
 def _check_backbone(block: _Block) -> None:
     """That what reads the maps of our backbone takes them."""
+    channels = _out_channels(block)
+    for name, reader in _readers(block) if channels else ():
+        problem = _misfit(reader, _bases(_class(reader, block.scope)), channels)
+        if problem:
+            setting, right = problem
+            raise ConfigError(
+                f'{name}.{setting}={reader.get(setting)} does not fit '
+                f'{block.place}.backbone, which gives maps of {channels} channels: '
+                f'it must be {right}'
+            )
+
+
+def _out_channels(block: _Block) -> list[int]:
+    """Of the maps that a backbone of this package emits; of others, none."""
     place, content, scope = block
     backbone: Any = content.get('backbone')
     kind = _class(backbone, scope)
-    if not (isinstance(kind, type) and issubclass(kind, ConvNeXt)):
-        return
-    known = inspect.signature(ConvNeXt).parameters
+    if not (isinstance(kind, type) and issubclass(kind, StagedBackbone)):
+        return []
+    known = inspect.signature(kind).parameters
     unknown = sorted(backbone.keys() - known.keys() - {'type', '_scope_'})
-    if unknown and kind is ConvNeXt:
+    if unknown and '**' not in str(inspect.signature(kind)):
         close = [
             difflib.get_close_matches(name, known, 1, KEY_CUTOFF) for name in unknown
         ]
@@ -366,23 +406,12 @@ def _check_backbone(block: _Block) -> None:
                 '_delete_=True'
             )
         )
+    settings = {k: v for k, v in backbone.items() if k not in ('type', '_scope_')}
     try:
-        arch = parse_arch(backbone.get('arch', known['arch'].default))
-        stages = parse_out_indices(
-            backbone.get('out_indices', known['out_indices'].default)
-        )
+        with torch.device('meta'):
+            return [*kind(**settings).out_channels]
     except (TypeError, ValueError) as error:
         raise ConfigError(f'{place}.backbone: {error}') from error
-    channels = [arch.channels[i] for i in stages]
-    for name, reader in _readers(block):
-        problem = _misfit(reader, _bases(_class(reader, scope)), channels)
-        if problem:
-            setting, right = problem
-            raise ConfigError(
-                f'{name}.{setting}={reader.get(setting)} does not fit '
-                f'{place}.backbone, whose out_indices={stages} give maps of '
-                f'{channels} channels: it must be {right}'
-            )
 
 
 def _bases(kind: Any) -> set[str]:

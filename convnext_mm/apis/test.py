@@ -1,5 +1,6 @@
 """Evaluating a checkpoint with a config."""
 
+import contextlib
 import os
 from typing import Any
 
@@ -9,11 +10,12 @@ from mmengine.runner import Runner
 from rich.console import Console
 from rich.table import Table
 
-from convnext_mm.checkpoint import check_source
+from convnext_mm.checkpoint import CheckpointError, check_source
+from convnext_mm.checkpoint.load import load_pretrained, read_beside
 from convnext_mm.datasets.data_paths import check_data
 from convnext_mm.engine.errors import ConfigError
 from convnext_mm.engine.launch import fit_to_device, running
-from convnext_mm.models import ConvNeXt
+from convnext_mm.models import ReleasedClassifierInit, StagedBackbone
 
 from .config import load_config
 from .config_check import check_config, check_paths
@@ -28,6 +30,8 @@ OF_EVALUATORS = {
     'mIoU(ms)': ('mIoU', 1, True),
     'mIoU(ms+flip)': ('mIoU', 1, True),
     'Top 1 Accuracy': ('accuracy/top1', 1, False),
+    'mCE': ('corruption/mCE', 1, False),
+    'Mean Error': ('corruption/mean_error', 1, False),
 }
 
 
@@ -102,6 +106,7 @@ def test(
     config, checkpoint, known = resolve(model, checkpoint)
     cfg = prepare(config, checkpoint, **options)
     with running(cfg) as runner:
+        load_released_classifier(runner, str(checkpoint))
         if out:
             if cfg.get('default_scope') == 'mmdet':  # keeps masks compressed
                 from mmdet.evaluation import DumpDetResults as DumpResults
@@ -124,9 +129,8 @@ def compare(metrics: dict[str, float], model: Model, tta: bool = False) -> None:
         model: Whose they are.
         tta: They are over scales and flips.
     """
-    table = Table(
-        title=f'{model.shortest}, published on {model.metadata["Training Data"]}'
-    )
+    data = model.metadata.get('Test Data', model.metadata['Training Data'])
+    table = Table(title=f'{model.shortest}, published on {data}')
     for column in ('metric', 'measured', 'published', 'difference'):
         table.add_column(column, justify='left' if column == 'metric' else 'right')
     for name, published in model.metrics.items():
@@ -161,18 +165,38 @@ def draw_predictions(
 
 
 def switch_to_deploy(runner: Runner) -> None:
-    """Loads the checkpoint, then switches every ConvNeXt of the model.
+    """Loads the checkpoint, then switches every backbone of this package.
 
     Raises:
         CheckpointError: The checkpoint cannot be used.
         ConfigError: The model has none.
     """
-    backbones = [m for m in runner.model.modules() if isinstance(m, ConvNeXt)]
+    backbones = [m for m in runner.model.modules() if isinstance(m, StagedBackbone)]
     if not backbones:
-        raise ConfigError('--deploy needs a model with a convnext_mm.ConvNeXt')
+        raise ConfigError('--deploy needs a model with a backbone of convnext_mm')
     runner.load_or_resume()
     for backbone in backbones:
         backbone.switch_to_deploy()
+
+
+def load_released_classifier(runner: Runner, checkpoint: str) -> None:
+    """Loads a classifier in the layout of the paper's release, which has no names of
+    MMPretrain's; whatever else there is the runner loads.
+
+    Raises:
+        CheckpointError: It does not fit the model.
+    """
+    if runner.cfg.get('default_scope') != 'mmpretrain':
+        return
+    tensors = {}
+    with contextlib.suppress(CheckpointError):  # the runner says why
+        tensors = read_beside(checkpoint)
+    model = getattr(runner.model, 'module', runner.model)
+    backbone = getattr(model, 'backbone', None)
+    if 'head.weight' in tensors and isinstance(backbone, StagedBackbone):
+        load_pretrained(backbone, checkpoint)
+        ReleasedClassifierInit(checkpoint)(model.head)
+        runner._has_loaded = True
 
 
 def use_test_time_augmentation(cfg: Config, name: str) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from convnext_mm.archs import ARCHS
+from convnext_mm.archs import ARCHS, ISOTROPIC_ARCHS
 from convnext_mm.engine.errors import ConfigError
 
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -24,7 +24,17 @@ TASKS = {  # of the metafiles to the short names of ours
     'Semantic Segmentation': 'semantic',
     'Image Classification': 'classification',
 }
-FOLDERS = ('mask_rcnn', 'cascade', 'rtmdet', 'upernet', 'imagenet', 'demo')
+FOLDERS = (
+    'mask_rcnn',
+    'cascade',
+    'rtmdet',
+    'upernet',
+    'imagenet',
+    'isotropic',
+    'roadmap',
+    'robustness',
+    'demo',
+)
 LETTERS = dict(t='tiny', s='small', b='base', l='large', xl='xlarge', h='huge')
 
 
@@ -37,7 +47,8 @@ class Model:
             or MMSegmentation trained it.
         config: Its file.
         tasks: Values of :data:`TASKS`.
-        arch: One of :data:`convnext_mm.archs.ARCHS`.
+        arch: One of :data:`convnext_mm.archs.ARCHS`, ``'isotropic small'`` and its
+            like, or the regime of a modernized ResNet.
         weights: Address of trained weights, or None.
         aliases: Shorter names.
         metadata: What else the metafile says: ``Training Data``, ``Initial
@@ -131,7 +142,7 @@ def _model(folder: Path, entry: dict[str, Any]) -> Model:
         name=entry['Name'],
         config=folder.parent / entry['Config'],
         tasks=tuple(TASKS[result['Task']] for result in results)
-        or _tasks_of(Path(entry['Config']).parent.name),
+        or _tasks_of(entry['Config']),
         arch=_arch_of(entry['Name']),
         weights=entry.get('Weights'),
         aliases=tuple(entry.get('Alias') or ()),
@@ -144,19 +155,28 @@ def _model(folder: Path, entry: dict[str, Any]) -> Model:
     )
 
 
-def _tasks_of(folder: str) -> tuple[str, ...]:
+def _tasks_of(config: str) -> tuple[str, ...]:
     """Of recipes without results."""
-    return dict(
-        upernet=('semantic',), imagenet=('classification',), rtmdet=('detection',)
-    ).get(folder, ('detection', 'instance'))
+    for word, task in (
+        ('upernet', 'semantic'),
+        ('in1k', 'classification'),
+        ('in22k.py', 'classification'),
+        ('rtmdet', 'detection'),
+    ):
+        if word in config:
+            return (task,)
+    return 'detection', 'instance'
 
 
 def _arch_of(name: str) -> str:
-    word = re.search(r'convnext[-_](?:v2[-_])?([a-z]+)', name)
-    arch = word and LETTERS.get(word[1], word[1])
-    if arch not in ARCHS:
+    regime = re.search(r'modernized-(resnet\d+)', name)
+    if regime:
+        return regime[1]
+    word = re.search(r'convnext[-_](?:v2[-_])?(iso[-_])?([a-z]+)', name)
+    arch = word and LETTERS.get(word[2], word[2])
+    if word is None or arch not in (ISOTROPIC_ARCHS if word[1] else ARCHS):
         raise ValueError(f'no arch in the name {name!r}')
-    return arch
+    return f'isotropic {arch}' if word[1] else str(arch)
 
 
 def as_dict(model: Model) -> dict[str, Any]:

@@ -38,6 +38,7 @@ from .layout import (
     infer_spec,
     is_conv,
 )
+from .roadmap import refuse_steps
 
 INSIDE = 'unknown parameters inside the backbone'
 OVERLAPPING_STEM = (
@@ -113,6 +114,8 @@ def convert(
     """
     tensors = flatten(checkpoint)
     networks = recognise(tensors)
+    if not any(network.has_core for network in networks):
+        refuse_steps(tensors)
     found, averaged = choose(networks, prefix)
     obstacles = []
     names = {**norm_names(found.family), **found.names}
@@ -131,9 +134,7 @@ def convert(
     norms = [name for name in state if name.endswith(('norm.weight', 'norm.bias'))]
     if norms and not any(name.endswith('bias') for name in norms):
         obstacles.append(RMS_NORM)
-    not_finite = [
-        used[name] for name, tensor in state.items() if not _is_finite(tensor)
-    ]
+    not_finite = [used[name] for name, tensor in state.items() if not is_finite(tensor)]
     return state, Report(
         found.family,
         found.prefix,
@@ -331,7 +332,8 @@ def _has_classifiers_norm3(
     )
 
 
-def _is_finite(tensor: Tensor) -> bool:
+def is_finite(tensor: Tensor) -> bool:
+    """Whether it holds neither NaN nor Inf."""
     # NaN and Inf survive a sum, which needs no memory; a sum may overflow.
     if math.isfinite(tensor.detach().sum(dtype=torch.float32)):
         return True

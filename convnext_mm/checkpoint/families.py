@@ -26,8 +26,8 @@ class Family(NamedTuple):
 
     name: str
     origin: str
-    stem: tuple[str, str]  # convolution, norm
-    downsample: tuple[str, str]  # of stages 1 to 3: norm, convolution
+    stem: tuple[str, ...]  # convolution, norm
+    downsample: tuple[str, ...]  # of stages 1 to 3: norm, convolution
     block: str
     dwconv: str
     norm: str
@@ -41,6 +41,7 @@ class Family(NamedTuple):
     kernel: str = 'weight'  # of the convolutions after the stem
     # A key that only this family has, where the parts are named as in another.
     marker: str | None = None
+    num_stages: int = NUM_STAGES
 
 
 # What several families share: names of the parts, without norms after them.
@@ -163,6 +164,16 @@ FAMILIES = (
         pwconv2='pointwise_conv2',
         out_norm='norm{s}',
     ),
+    _PAPER._replace(
+        name='isotropic',
+        origin="the paper's release, isotropic networks",
+        stem=('stem',),
+        downsample=(),
+        block='blocks.{b}',
+        final_norm='norm',
+        marker='stem.weight',
+        num_stages=1,
+    ),
 )
 
 # A container or prefix of these names holds an averaged copy of the weights.
@@ -224,7 +235,7 @@ def layer_names(family: Family) -> dict[str, str]:
     """Every name that the family can give a parameter of stem, downsampling
     layers and stages, to ours."""
     names = {}
-    for s in range(NUM_STAGES):
+    for s in range(family.num_stages):
         place = dict(s=s, s1=s + 1, even=2 * s, odd=2 * s + 1)
         for i, layer in enumerate(family.downsample if s else family.stem):
             is_kernel = s > 0 and i == 1
@@ -294,6 +305,11 @@ class Recognised(NamedTuple):
     family: Family
     prefix: str
     names: dict[str, str]  # key without prefix -> our name
+
+    @property
+    def has_core(self) -> bool:
+        """Whether it has what every network has, not only like names."""
+        return {*self.names.values()} >= _CORE
 
 
 def recognise(keys: Iterable[str]) -> list[Recognised]:

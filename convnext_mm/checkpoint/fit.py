@@ -10,15 +10,13 @@ import torch
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
-from convnext_mm.archs import NUM_STAGES
-
 from .convert import INSIDE, Report, check_weight
 from .errors import CheckpointMismatchError, summarise
 from .families import FINAL_NORM_KIND, OUT_NORMS_KIND
 from .layout import AFFINE, FINAL_NORM, MAP_NORM, PARTS, STEM, Spec, infer_spec
 
 State = dict[str, Tensor]
-Params = Mapping[str, nn.Parameter]
+Params = Mapping[str, Tensor]  # and, where they are filled, buffers
 
 
 class Backbone(Protocol):
@@ -27,10 +25,12 @@ class Backbone(Protocol):
     Attributes:
         allow_partial: Take what fits.
         gap_before_final_norm: Its last norm is of pooled features.
+        num_stages: Of the network; its last norm is that of the last stage.
     """
 
     allow_partial: bool
     gap_before_final_norm: bool
+    num_stages: int
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
 
@@ -54,7 +54,7 @@ def fit(backbone: Backbone, state: Mapping[str, Tensor], report: Report) -> Stat
     """
     params = dict(backbone.named_parameters())
     placed = dict(state)
-    _place_last_norm(placed, params, report, backbone.gap_before_final_norm)
+    _place_last_norm(placed, params, report, backbone)
     _adapt_stem(placed, params)
     faults = _compare(placed, params, report)
     if faults.exist:
@@ -91,14 +91,12 @@ def fill(params: Params, state: Mapping[str, Tensor]) -> None:
             params[name].copy_(tensor)
 
 
-def _place_last_norm(state: State, params: Params, report: Report, gap: bool) -> None:
+def _place_last_norm(
+    state: State, params: Params, report: Report, backbone: Backbone
+) -> None:
     """Makes a classifier's last norm the output norm of the last stage, where
-    both do the same and the checkpoint has no such output norm.
-
-    Args:
-        gap: The backbone's last norm is of pooled features.
-    """
-    ours = f'norm{NUM_STAGES - 1}'
+    both do the same and the checkpoint has no such output norm."""
+    gap, ours = backbone.gap_before_final_norm, f'norm{backbone.num_stages - 1}'
     if f'{ours}.weight' not in params or any(
         f'{ours}.{leaf}' in state for leaf in AFFINE
     ):
@@ -287,6 +285,12 @@ def _advise_dtype(too_large: Mapping[str, float], params: Params) -> str:
 
 def _hints(theirs: Spec, ours: Spec) -> list[str]:
     """What to set in the config."""
+    if theirs.isotropic != ours.isotropic:
+        kind = 'IsotropicConvNeXt' if theirs.isotropic else 'ConvNeXt'
+        return [
+            f"the checkpoint is {theirs}: set type='convnext_mm.{kind}' and "
+            f'arch={theirs.arch!r}'
+        ]
     n = min(len(theirs.depths), len(ours.depths))
     hints = []
     if n < len(ours.depths):

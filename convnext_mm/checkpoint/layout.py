@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from convnext_mm.archs import ARCHS, NUM_STAGES
+from convnext_mm.archs import ARCHS, ISOTROPIC_ARCHS, NUM_STAGES
 
 Shape = tuple[int, ...]
 # Where every parameter lies but norms: stage s is stages.{s}, and before it
@@ -47,10 +47,19 @@ class Spec(NamedTuple):
     hidden: Shape  # channels between the pointwise layers
     use_grn: bool
     layer_scale: bool
+    isotropic: bool = False  # one stage, no norm after its patches
 
     @property
     def arch(self) -> str:
         """The published names that fit, or depths and channels."""
+        if self.isotropic:
+            fitting = [
+                name
+                for name, arch in ISOTROPIC_ARCHS.items()
+                if ((arch.depth,), (arch.channels,)) == (self.depths, self.channels)
+            ]
+            (depth,), (channels,) = self.depths, self.channels
+            return ''.join(fitting) or f'dict(depth={depth}, channels={channels})'
         n = len(self.depths)
         names = [
             name
@@ -64,10 +73,11 @@ class Spec(NamedTuple):
     def __str__(self) -> str:
         stages = (
             ''
-            if len(self.depths) == NUM_STAGES
+            if len(self.depths) == NUM_STAGES or self.isotropic
             else f', first {len(self.depths)} stages'
         )
-        return f'ConvNeXt {"V2" if self.use_grn else "V1"} {self.arch}{stages}'
+        kind = 'isotropic' if self.isotropic else 'V2' if self.use_grn else 'V1'
+        return f'ConvNeXt {kind} {self.arch}{stages}'
 
 
 def infer_spec(state: Mapping[str, Tensor]) -> Spec:
@@ -94,6 +104,8 @@ def infer_spec(state: Mapping[str, Tensor]) -> Spec:
         layer_scale=any(
             name.endswith('.gamma') and '.grn.' not in name for name in state
         ),
+        isotropic=len(stages) == 1
+        and not any(f'{downsample_names(0)[1]}.{leaf}' in state for leaf in AFFINE),
     )
 
 
@@ -134,7 +146,9 @@ def expected_shapes(spec: Spec) -> dict[str, Shape]:
     ):
         size = 2 if s else spec.stem_patch_size
         conv, norm = downsample_names(s)
-        layers = {conv: (width, before, size, size), norm: (before if s else width,)}
+        layers: dict[str, Shape] = {conv: (width, before, size, size)}
+        if not spec.isotropic:
+            layers[norm] = (before if s else width,)
         for b in range(depth):
             block = f'stages.{s}.{b}'
             layers[f'{block}.dwconv'] = (width, 1, spec.kernel_size, spec.kernel_size)

@@ -8,7 +8,7 @@ address -> :func:`.remote.fetch` -> :func:`.reader.read_checkpoint` ->
 import logging
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 from mmengine.logging import print_log
 from torch import Tensor, nn
@@ -21,6 +21,19 @@ from .reader import check_format, read_checkpoint
 from .remote import fetch
 
 Source = str | os.PathLike
+
+
+class Findings(Protocol):
+    """What the log says of a checkpoint, see :class:`.convert.Report`."""
+
+    used: dict[str, str]
+    leftovers: dict[str, list[str]]
+    not_finite: list[str]
+
+    def headline(self) -> str: ...
+
+
+Fitted = tuple[dict[str, Tensor], Findings]
 
 
 def load_checkpoint(
@@ -121,10 +134,22 @@ class AnyFamily(nn.Module):
     Attributes:
         allow_partial (bool): Take what fits.
         gap_before_final_norm (bool): The last norm is of pooled features.
+        num_stages (int): Of the network.
     """
 
     allow_partial: bool
     gap_before_final_norm: bool
+    num_stages: int
+
+    def fit_checkpoint(self, tensors: Mapping[str, Any], prefix: str | None) -> Fitted:
+        """What of a checkpoint goes into which parameter and buffer, and what was
+        found. Arguments as for :func:`.convert.convert`.
+
+        Raises:
+            CheckpointError: It does not fit.
+        """
+        state, report = convert(tensors, prefix)
+        return fit(self, state, report), report
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Tensor], prefix: str, *args: Any
@@ -148,8 +173,7 @@ class AnyFamily(nn.Module):
                     'there are no weights for the ConvNeXt (allow_partial=True on '
                     'it leaves it as it is)'
                 )
-            state, report = convert(part)
-            fitted = fit(self, state, report)
+            fitted, report = self.fit_checkpoint(part, None)
         if all(
             name in fitted and fitted[name].shape == tensor.shape
             for name, tensor in part.items()
@@ -178,12 +202,14 @@ def load_pretrained(
     """
     checkpoint = read_checkpoint(fetch(source))
     with naming(source):
-        state, report = convert(checkpoint, prefix)
-        fill(dict(backbone.named_parameters()), fit(backbone, state, report))
+        fitted, report = backbone.fit_checkpoint(checkpoint, prefix)
+        places = {**dict(backbone.named_parameters()), **dict(backbone.named_buffers())}
+        places = {n: place for n, place in places.items() if place.is_floating_point()}
+        fill(places, {name: fitted[name] for name in places if name in fitted})
     _log_findings(source, report)
 
 
-def _log_findings(source: Source, report: Report) -> None:
+def _log_findings(source: Source, report: Findings) -> None:
     """Logs what was found, what is left out, and names what is NaN or Inf."""
     print_log(
         f'Weights of {shown(source)}: {report.headline()}, {len(report.used)} tensors',

@@ -11,6 +11,7 @@ from convnext_mm.archs import ARCHS
 
 from .options import Command
 
+ALL = 'all'  # what --paper without a block is
 MODES = ('infer', 'train', 'memory', 'detector', 'segmentor')
 
 
@@ -20,7 +21,19 @@ MODES = ('infer', 'train', 'memory', 'detector', 'segmentor')
 Examples:
   convnext-mm bench --mode train --dtype fp32 --out x.json
   convnext-mm bench --mode detector --device cuda --dtype amp --out y.json
-  convnext-mm bench --plot x.json y.json --out plot.png""",
+  convnext-mm bench --plot x.json y.json --out plot.png
+  convnext-mm bench --paper --device cuda --out paper.json
+  convnext-mm bench --paper throughput --arch tiny --size 64 64 --out paper.json""",
+)
+@click.option(
+    '--paper',
+    multiple=True,
+    is_flag=False,
+    flag_value=ALL,
+    metavar='[BLOCK]',
+    help="Measure the paper's tables, beside the published figures: all, or some of "
+    'throughput, detectors, memory, isotropic. An --out of an earlier run is '
+    'continued.',
 )
 @click.option(
     '--mode',
@@ -35,20 +48,31 @@ Examples:
     help="'amp': bf16 autocast of fp32 weights, 'amp-fp16': fp16's; whole models take "
     "these and 'fp32'.  [default: fp32 amp bf16; whole models: fp32]",
 )
-@click.option('--arch', type=click.Choice(list(ARCHS)), help='[default: tiny]')
-@click.option('--batch', type=int, help='[default: 2]')
+@click.option(
+    '--arch',
+    multiple=True,
+    type=click.Choice(list(ARCHS)),
+    help='With --paper several.  [default: tiny; --paper: all of the table]',
+)
+@click.option(
+    '--batch',
+    type=int,
+    help='[default: 2; --paper: of classifiers in inference, on a GPU 64]',
+)
 @click.option(
     '--size',
     type=int,
     nargs=2,
     metavar='H W',
-    help='[default: 256 256; detector: 800 1344; segmentor: 512 512]',
+    help='[default: 256 256; detector: 800 1344; segmentor: 512 512; --paper: the '
+    "paper's]",
 )
 @click.option(
     '--networks',
     multiple=True,
     help="'lean+deploy' is 'lean' after switch_to_deploy(), for inference only.  "
-    "[default: all that run on the device; whole models: 'auto mmpretrain']",
+    "[default: all that run on the device; whole models: 'auto mmpretrain'; --paper: "
+    "'auto paper mmpretrain resnet50 swin']",
 )
 @click.option(
     '--compile',
@@ -85,7 +109,9 @@ Examples:
 )
 @click.option('--out', required=True, type=click.Path(path_type=Path), help='To write.')
 @click.pass_context
-def command(ctx: click.Context, /, out: Path, plot: tuple, **options: Any) -> None:
+def command(
+    ctx: click.Context, /, out: Path, plot: tuple, paper: tuple, **options: Any
+) -> None:
     """Time ConvNeXt backbones, or whole detectors and segmentors with them, side by
     side, and write one json file.
 
@@ -94,21 +120,38 @@ def command(ctx: click.Context, /, out: Path, plot: tuple, **options: Any) -> No
     hits all alike. Memory is what hooks see saved for backward, each memory block
     once, parameters not counted; on a GPU also the peak of what a network allocates
     and owns."""
-    from convnext_mm.apis.benchmark import OURS, Settings, run
     from convnext_mm.engine.errors import ConfigError
 
     given = {k: v for k, v in options.items() if v not in (None, ())}
     given = {k: list(v) if isinstance(v, tuple) else v for k, v in given.items()}
     words = shlex.join(['convnext-mm', 'bench', *ctx.meta['arguments']])
     try:
+        if plot and paper:
+            raise ConfigError('--plot and --paper: give each a run of its own')
         if plot:
             from convnext_mm.apis.benchmark.plot import plot as draw
 
             draw(list(plot), str(out))
-            return
-        result = run(Settings(**given), out, words)
+        elif paper:
+            _run_paper(paper, given, out, words)
+        else:
+            _run(given, out, words)
     except ValueError as error:
         raise ConfigError(str(error)) from None
+
+
+def _run(given: dict[str, Any], out: Path, words: str) -> None:
+    from convnext_mm.apis.benchmark import OURS, Settings, run
+    from convnext_mm.engine.errors import ConfigError
+
+    if 'arch' in given:
+        if len(given['arch']) > 1:
+            raise ConfigError(
+                f'--arch {" ".join(given["arch"])}: several are for --paper; give each '
+                'a run of its own'
+            )
+        given['arch'] = given['arch'][0]
+    result = run(Settings(**given), out, words)
     skipped = result['skipped']
     _print_rows(result['rows'], skipped)
     failed = [name for name in skipped if name in OURS]
@@ -116,6 +159,37 @@ def command(ctx: click.Context, /, out: Path, plot: tuple, **options: Any) -> No
         raise ConfigError(
             f'{", ".join(failed)} of this package did not run, see above; the others '
             f'are in {out}'
+        )
+
+
+def _run_paper(
+    paper: Sequence[str], given: dict[str, Any], out: Path, words: str
+) -> None:
+    from rich.console import Console
+
+    from convnext_mm.apis.benchmark import PaperSettings, run_paper
+    from convnext_mm.apis.benchmark.tables import problems, tables, unmeasured
+    from convnext_mm.engine.errors import ConfigError
+
+    for name in ('mode', 'compile', 'compile_backend', 'fit_gib'):
+        if name in given:
+            raise ConfigError(
+                f'--{name.replace("_", "-")} and --paper: the tables are fixed; leave '
+                'one of the two out'
+            )
+    blocks = [] if ALL in paper else list(dict.fromkeys(paper))
+    settings = PaperSettings(blocks=blocks, **given)
+    result = run_paper(settings, out, words)
+    console = Console()
+    for table in tables(result):
+        console.print(table)
+    for line in (*settings.left_out(), *problems(result)):
+        console.print(line, markup=False, highlight=False)
+    if rows := unmeasured(result):
+        raise ConfigError(
+            f'{len(rows)} cells have no figure: {", ".join(rows)}; the others are in '
+            f'{out}. To try again, take a smaller --batch or leave networks out by '
+            '--networks, and name another --out'
         )
 
 

@@ -42,7 +42,7 @@ def command(source: str, target: Path, **options: Any) -> None:
         ('family', f'{report.family.name}: {report.family.origin}'),
         ('found behind', report.prefix or 'no prefix'),
         ('averaged (EMA)', 'yes' if report.averaged else 'no'),
-        ('arch', f'{spec.arch}, {"V2 (use_grn=True)" if spec.use_grn else "V1"}'),
+        ('network', f'{spec}{" (use_grn=True)" if spec.use_grn else ""}'),
         ('depths, channels', f'{spec.depths}, {spec.channels}'),
         (
             'first layer',

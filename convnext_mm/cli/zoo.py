@@ -5,10 +5,11 @@ from typing import Any
 
 import click
 
-from convnext_mm.archs import ARCHS
+from convnext_mm.archs import ARCHS, ISOTROPIC_ARCHS, REGIMES
 
 from .options import Command
 
+ARCHS_OF_ALL = (*ARCHS, *(f'isotropic {arch}' for arch in ISOTROPIC_ARCHS), *REGIMES)
 TASKS = ('detection', 'instance', 'semantic', 'classification')
 
 
@@ -24,7 +25,7 @@ Examples:
 @click.argument('name', required=False)
 @click.option('--trained', is_flag=True, help='Only those with trained weights.')
 @click.option('--task', type=click.Choice(TASKS), help='What they find.')
-@click.option('--arch', type=click.Choice(list(ARCHS)), help='Of the backbone.')
+@click.option('--arch', type=click.Choice(ARCHS_OF_ALL), help='Of the backbone.')
 @click.option(
     '--pretraining', metavar='TEXT', help='Part of the name, such as 22k, fcmae, clip.'
 )

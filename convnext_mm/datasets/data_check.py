@@ -70,8 +70,8 @@ def check_dataset(
             'max_unreadable_images is a number of images, 0 or more, got '
             f'{max_unreadable!r}'
         )
-    leaves = [leaf for leaf in _leaves(dataset) if isinstance(leaf, BaseDataset)]
-    for leaf in leaves:
+    found = [leaf for leaf in leaves(dataset) if isinstance(leaf, BaseDataset)]
+    for leaf in found:
         leaf.full_init()
         if len(leaf) == 0:
             raise DataError(
@@ -81,12 +81,12 @@ def check_dataset(
             )
         _guard_loading(leaf)
     skips: list[SkipUnreadable] = []
-    if max_unreadable and not any(leaf.test_mode for leaf in leaves):
-        skips = skip_unreadable(leaves, max_unreadable, listing)
+    if max_unreadable and not any(leaf.test_mode for leaf in found):
+        skips = skip_unreadable(found, max_unreadable, listing)
     problem: list[DataError | None] = [None]
     if is_main_process():
         try:
-            for leaf, skip in itertools.zip_longest(leaves, skips):
+            for leaf, skip in itertools.zip_longest(found, skips):
                 _check_coco_file(leaf)
                 if model is not None:
                     _check_heads(leaf, getattr(model, 'module', model))
@@ -154,13 +154,13 @@ def leaf_configs(dataset: ConfigDict) -> Iterator[ConfigDict]:
         yield dataset
 
 
-def _leaves(dataset: Dataset) -> Iterator[Dataset]:
-    """The datasets inside wrappers."""
+def leaves(dataset: Dataset) -> Iterator[Dataset]:
+    """The datasets inside wrappers such as RepeatDataset."""
     for name in ('datasets', 'dataset', '_dataset'):
         inner = getattr(dataset, name, None)
         if inner is not None:
             for item in inner if name == 'datasets' else [inner]:
-                yield from _leaves(item)
+                yield from leaves(item)
             return
     yield dataset
 
@@ -350,6 +350,7 @@ class GuardedLoad:
 
     def __init__(self, transform: Callable, dataset: BaseDataset) -> None:
         self.transform = transform
+        self.loads_image = 'Image' in type(transform).__name__
         self.with_mask = bool(getattr(transform, 'with_mask', False))
         # MMSegmentation's datasets alone have both; panoptic maps differ.
         self.checks_labels = hasattr(dataset, 'ignore_index') and hasattr(
@@ -360,11 +361,10 @@ class GuardedLoad:
         self.skip_advice = _skip_advice(dataset)
 
     def __call__(self, results: dict) -> dict | None:
-        loads_image = 'Image' in type(self.transform).__name__
-        has_map = bool(results.get('seg_map_path')) and not loads_image
+        has_map = bool(results.get('seg_map_path')) and not self.loads_image
         path = results.get('seg_map_path' if has_map else 'img_path')
         try:
-            if not loads_image:
+            if not self.loads_image:
                 self._leave_out(results)
             loaded = self.transform(results)
         except Exception as error:
@@ -379,7 +379,7 @@ class GuardedLoad:
             )
             fault = f'{path!r} {reason}'
             advice = f'{fault}: replace it, or take it out of the data set'
-            if loads_image or has_map:
+            if self.loads_image or has_map:
                 raise UnreadableError(advice + self.skip_advice, fault) from error
             raise DataError(f'the annotation of {advice}') from error
         if self.checks_labels and self.num_classes and loaded and has_map:

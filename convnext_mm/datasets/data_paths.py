@@ -133,6 +133,8 @@ def _local_paths(dataset: ConfigDict) -> Iterator[tuple[str, Path]]:
     settings: dict[str, str] = {'ann_file': dataset.get('ann_file')}
     settings.update((f'data_prefix.{key}', value) for key, value in prefixes.items())
     root = dataset.get('data_root') or ''
+    if root and not any(settings.values()):  # a data set of a folder
+        yield 'data_root', Path(root)
     for setting, value in settings.items():
         path = osp.join(root, value) if isinstance(value, str) else ''
         if value and path and '://' not in path:

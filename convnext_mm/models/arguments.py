@@ -51,7 +51,6 @@ def check_numbers(
     mlp_ratio: float,
     fewest_channels: int,
     norm_eps: float,
-    drop_path_rate: float,
     layer_scale_init_value: float,
 ) -> None:
     """What every block is built with."""
@@ -64,12 +63,16 @@ def check_numbers(
         )
     if number('norm_eps', norm_eps) <= 0:
         raise ValueError(f'norm_eps must be above 0, got {norm_eps}')
+    number('layer_scale_init_value', layer_scale_init_value)
+
+
+def check_drop_path_rate(drop_path_rate: float) -> None:
+    """Stochastic depth of the last block."""
     if not 0 <= number('drop_path_rate', drop_path_rate) < 1:
         raise ValueError(
             'drop_path_rate must be in [0, 1): the share of samples that skip the '
             f'last block, got {drop_path_rate}'
         )
-    number('layer_scale_init_value', layer_scale_init_value)
 
 
 def parse_arch(arch: str | dict) -> Arch:
@@ -103,11 +106,13 @@ def parse_arch(arch: str | dict) -> Arch:
     return Arch(**spec)
 
 
-def parse_out_indices(out_indices: int | Sequence[int]) -> tuple[int, ...]:
+def parse_out_indices(
+    out_indices: int | Sequence[int], num_stages: int = NUM_STAGES
+) -> tuple[int, ...]:
     """Stages in ascending order, none negative."""
     given = out_indices if isinstance(out_indices, Sequence) else [out_indices]
     stages = [
-        integer('out_indices', i, -NUM_STAGES, NUM_STAGES - 1) % NUM_STAGES
+        integer('out_indices', i, -num_stages, num_stages - 1) % num_stages
         for i in given
     ]
     if not stages or len(set(stages)) < len(stages):

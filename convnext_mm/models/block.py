@@ -113,6 +113,15 @@ class GRN(nn.Module):
         self.beta = nn.Parameter(torch.zeros(1, 1, 1, channels))
 
 
+def sample_drop_scale(x: Tensor, drop_path: float) -> Tensor | None:
+    """(N,) fp32 scales of stochastic depth (arXiv 1603.09382) for (N, ...), or
+    None where no sample may skip."""
+    if drop_path == 0:
+        return None
+    keep = 1 - drop_path
+    return (torch.rand(len(x), device=x.device) < keep) / keep
+
+
 class Block(nn.Module):
     """ConvNeXt block, V1 or (with ``use_grn``) V2; keeps shape and strides.
 
@@ -174,7 +183,7 @@ class Block(nn.Module):
         """(N, C, H, W) to (N, C, H, W)."""
         # Sampled here, before an implementation is picked and outside of
         # checkpointing: one seed gives the same decisions whatever runs.
-        drop_scale = self._sample_drop_scale(x)
+        drop_scale = sample_drop_scale(x, self.drop_path if self.training else 0)
         if self.with_cp and torch.is_grad_enabled():
             return checkpoint(
                 self._run, x, drop_scale, use_reentrant=False, preserve_rng_state=False
@@ -228,13 +237,6 @@ class Block(nn.Module):
             eps=self.norm.eps,
             dilation=self.dwconv.dilation[0],
         )
-
-    def _sample_drop_scale(self, x: Tensor) -> Tensor | None:
-        """(N,) fp32 scales of stochastic depth (arXiv 1603.09382), or None."""
-        if not self.training or self.drop_path == 0:
-            return None
-        keep = 1 - self.drop_path
-        return (torch.rand(len(x), device=x.device) < keep) / keep
 
     def extra_repr(self) -> str:
         return (

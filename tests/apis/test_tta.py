@@ -44,7 +44,8 @@ def prepare(monkeypatch, tmp_path):
 
     def run(config, *options):
         args = parsed('test', config, checkpoint, *options)
-        for name in ('out', 'deploy'):  # they concern what comes after
+        # They concern what comes after.
+        for name in ('out', 'deploy', 'corruptions', 'severities'):
             del args[name]
         return test.prepare(**args)
 

@@ -381,6 +381,7 @@ def norm_eps(model: nn.Module) -> float:
 def test_every_family_has_a_test():
     tested = {family for family, _ in SAMPLES.values()}
     tested |= {family for family, _ in LIBRARIES.values()}
+    tested |= {'isotropic'}  # in tests/models/test_isotropic.py
     assert tested == {family.name for family in FAMILIES}
 
 

@@ -158,7 +158,7 @@ def test_the_wheel_works_without_the_checkout(wheel, tmp_path):
     command = (sys.executable, '-m', 'convnext_mm')
     assert str(target / 'convnext_mm/configs') in run(*command, 'configs', **options)
     said = run(*command, 'zoo', '--trained', **options)
-    assert '23 recipes, 23 with trained weights' in said
+    assert '48 recipes, 48 with trained weights' in said
     said = run(*command, 'flops', 'upernet_convnext-t', **options)
     assert re.search(r'total +│ +60.24 │ +938.5', said)
     assert len(list(elsewhere.glob('shapes/images/*/*.png'))) == 3

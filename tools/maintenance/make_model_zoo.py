@@ -34,13 +34,21 @@ SECTIONS = {
     'rtmdet': 'COCO, RTMDet',
     'upernet': 'ADE20K, UPerNet',
     'imagenet': 'ImageNet classification, MMPretrain',
+    'isotropic': 'Isotropic ConvNeXt',
+    'roadmap': 'From ResNet to ConvNeXt',
+    'robustness': 'ImageNet classification, robustness',
     'demo': 'Small runs',
     'custom': 'Examples for own configs',
 }
 NOTES = {
+    'roadmap': 'Each config is any of the seventeen steps of its regime: '
+    '[roadmap](roadmap.md).',
+    'robustness': 'Trained on ImageNet-1K, tested on ImageNet-C (mCE), ImageNet-C-bar '
+    '(mean error), ImageNet-A, -R and -Sketch: [robustness](robustness.md). Of the '
+    'settings of the test on ImageNet-C and -C-bar the paper says nothing.',
     'upernet': 'Test one scale with a sliding window by default, several '
     'scales (and flips, V1) with `convnext-mm test MODEL --tta`. V2: '
-    'the paper gives several scales only.'
+    'the paper gives several scales only.',
 }
 # Metric in the metafiles to the head of its column.
 COLUMNS = {
@@ -50,6 +58,8 @@ COLUMNS = {
     'mIoU(ms)': 'mIoU, scales',
     'mIoU(ms+flip)': 'mIoU, scales + flips',
     'Top 1 Accuracy': 'top 1',
+    'mCE': 'mCE',
+    'Mean Error': 'mean error',
 }
 
 

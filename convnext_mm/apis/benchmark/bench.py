@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import difflib
 import functools
 import importlib
 import json
@@ -65,8 +66,40 @@ DTYPES = {
 COMPILED_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
 
 
+def check_names(option: str, known: Collection[str], names: Sequence[str]) -> None:
+    """Refuses what is not known, with what is close to it."""
+    for name in names:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=3)
+            raise ConfigError(
+                f'--{option} {name}: there are {", ".join(known)}'
+                + (f'; did you mean {" or ".join(close)}?' if close else '')
+            )
+
+
 @dataclasses.dataclass
-class Settings:
+class Running:
+    """On what, and how often. The fields are options of ``convnext-mm bench``."""
+
+    rounds: int = 5
+    warmup: int = -1
+    device: str = 'cpu'
+    clock: str = 'wall'
+    threads: int = 1
+
+    def __post_init__(self) -> None:
+        if self.clock == 'cpu' and (self.threads != 1 or self.device != 'cpu'):
+            raise ConfigError('--clock cpu needs --threads 1 and --device cpu')
+        if self.rounds < 2:
+            raise ConfigError(f'--rounds must be at least 2, not {self.rounds}')
+        if self.device == 'cuda' and not torch.cuda.is_available():
+            raise ConfigError('--device cuda: PyTorch sees no GPU here; leave it out')
+        if self.warmup < 0:
+            self.warmup = 3 if self.device == 'cuda' else 1
+
+
+@dataclasses.dataclass
+class Settings(Running):
     """What to measure. The fields are the options of ``convnext-mm bench``; what
     is empty, or -1, is chosen by mode and device.
 
@@ -83,11 +116,6 @@ class Settings:
     compile: Sequence[str] = ()
     compile_backend: str = 'inductor'
     fit_gib: Sequence[float] = ()
-    rounds: int = 5
-    warmup: int = -1
-    device: str = 'cpu'
-    clock: str = 'wall'
-    threads: int = 1
 
     @property
     def whole(self) -> bool:
@@ -95,17 +123,12 @@ class Settings:
         return self.mode[0] in MODEL_MODES
 
     def __post_init__(self) -> None:
-        self._check_names('mode', (*BACKBONE_MODES, *MODEL_MODES), self.mode)
-        self._check_names('dtype', DTYPES, self.dtype)
+        check_names('mode', (*BACKBONE_MODES, *MODEL_MODES), self.mode)
+        check_names('dtype', DTYPES, self.dtype)
         known = (*PEERS, *OURS)
-        self._check_names('networks', known, self.networks or ())
-        self._check_names('compile', known, self.compile)
-        if self.clock == 'cpu' and (self.threads != 1 or self.device != 'cpu'):
-            raise ConfigError('--clock cpu needs --threads 1 and --device cpu')
-        if self.rounds < 2:
-            raise ConfigError(f'--rounds must be at least 2, not {self.rounds}')
-        if self.device == 'cuda' and not torch.cuda.is_available():
-            raise ConfigError('--device cuda: PyTorch sees no GPU here; leave it out')
+        check_names('networks', known, self.networks or ())
+        check_names('compile', known, self.compile)
+        super().__post_init__()
         if len(self.mode) > 1 and set(self.mode) & set(MODEL_MODES):
             raise ConfigError(
                 f'--mode {" ".join(self.mode)}: detector and segmentor run '
@@ -115,17 +138,8 @@ class Settings:
             self._check_whole()
         elif self.fit_gib:
             raise ConfigError('--fit-gib is for --mode detector or segmentor')
-        if self.warmup < 0:
-            self.warmup = 3 if self.device == 'cuda' else 1
         self.size = self.size or SIZES.get(self.mode[0], (256, 256))
         self.dtype = self.dtype or (['fp32'] if self.whole else ['fp32', 'amp', 'bf16'])
-
-    def _check_names(
-        self, option: str, known: Collection[str], names: Sequence[str]
-    ) -> None:
-        for name in names:
-            if name not in known:
-                raise ConfigError(f'--{option} {name}: there are {", ".join(known)}')
 
     def _check_whole(self) -> None:
         for dtype in self.dtype:

@@ -13,6 +13,7 @@ from unittest import mock
 import numpy as np
 import torch
 from mmengine.config import Config
+from mmengine.hub import get_config
 from mmengine.logging import MMLogger
 from mmengine.model import revert_sync_batchnorm
 from mmengine.optim import build_optim_wrapper
@@ -28,11 +29,13 @@ from convnext_mm.engine.errors import ConfigError
 from convnext_mm.models.block import IMPL_VARIABLE
 from convnext_mm.models.layer_id import default_num_layers
 
-from .networks import TOLERANCE, difference
+from .networks import DEPLOY, TOLERANCE, Paper, difference
 
 ROOT = Path(__file__).resolve().parents[3]
 CONFIGS = dict(
     detector='configs/mask_rcnn/mask-rcnn_convnext-t_fpn_8xb2-amp-ms-crop-3x_coco.py',
+    cascade='configs/cascade/'
+    'cascade-mask-rcnn_convnext-b_fpn_4conv1fc-giou_8xb2-amp-ms-crop-3x_coco.py',
     segmentor='configs/upernet/convnext-tiny_upernet_8xb2-amp-160k_ade20k-512x512.py',
 )
 # Roundoff that swaps two proposals of nearly equal score changes what is
@@ -47,6 +50,17 @@ MMPRETRAIN_NAMES = {
     'pwconv2.': 'pointwise_conv2.',
 }
 AMP_DTYPES = {'amp': 'bfloat16', 'amp-fp16': 'float16'}
+# Whose settings of other backbones are measured, and of Swin what its sizes differ
+# in (arXiv 2103.14030, section 3.3): width, blocks and heads of each stage.
+MMDET_SWIN = 'mmdet::swin/mask-rcnn_swin-t-p4-w7_fpn_ms-crop-3x_coco.py'
+MMDET_RESNET = 'mmdet::cascade_rcnn/cascade-mask-rcnn_r50_fpn_ms-3x_coco.py'
+SWIN_SIZES = dict(
+    tiny=(96, [2, 2, 6, 2], [3, 6, 12, 24]),
+    small=(96, [2, 2, 18, 2], [3, 6, 12, 24]),
+    base=(128, [2, 2, 18, 2], [4, 8, 16, 32]),
+    large=(192, [2, 2, 18, 2], [6, 12, 24, 48]),
+)
+OTHERS = ('resnet50', 'swin')
 
 
 def set_arch(cfg: Config, arch: str) -> None:
@@ -85,20 +99,22 @@ def rename(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def build_models(cfgs: dict[str, Config], seed: int) -> dict[str, nn.Module]:
-    """The models of configs that differ in their backbones, all with the
-    initial weights of the first, which has this package's backbone. Call it
+    """The models of configs that differ in their backbones, all ConvNeXts with
+    the initial weights of the first, which has this package's backbone. Call it
     in the configs' scope."""
     set_random_seed(seed)
     models: dict[str, nn.Module] = {}
     for name, cfg in cfgs.items():
         model = MODELS.build(copy.deepcopy(cfg.model))
-        if not models:
+        if name in OTHERS or not models:
             model.init_weights()
             weights = model.state_dict()
         elif cfg.model.backbone.type == 'mmpretrain.ConvNeXt':
             model.load_state_dict(rename(weights))
         else:
             model.load_state_dict(weights)
+        if name == 'paper':
+            model.backbone = Paper(model.backbone)
         models[name] = revert_sync_batchnorm(model)
     return models
 
@@ -149,7 +165,7 @@ def synthetic_batch(task: str, cfg: Config, batch: int, size: Sequence[int]) -> 
     """Random images with annotations, as a data loader gives them."""
     rng = np.random.default_rng(0)
     height, width = size
-    annotate = _instances if task == 'detector' else _classes
+    annotate = _classes if task == 'segmentor' else _instances
     images, samples = [], []
     for _ in range(min(batch, DISTINCT_IMAGES)):
         sample = annotate(rng, cfg, height, width)
@@ -191,7 +207,8 @@ def _instances(
         ((2 * xs - x1 - x2) / (x2 - x1)) ** 2 + ((2 * ys - y1 - y2) / (y2 - y1)) ** 2
         < 1
     ).astype(np.uint8)
-    num_classes = cfg.model.roi_head.bbox_head.num_classes
+    heads = cfg.model.roi_head.bbox_head  # a cascade has several
+    num_classes = (heads[0] if isinstance(heads, list) else heads).num_classes
     return DetDataSample(
         gt_instances=InstanceData(
             bboxes=torch.from_numpy(boxes).float(),
@@ -217,9 +234,9 @@ class Training:
     """Models of one task, ready for train steps on one synthetic batch.
 
     Args:
-        task: ``'detector'`` or ``'segmentor'``.
-        names: Implementations of this package's backbone, and
-            ``'mmpretrain'``.
+        task: A key of ``CONFIGS``.
+        names: Implementations of this package's backbone, ``'mmpretrain'``; for a
+            detector also ``'paper'`` and those in ``OTHERS``.
         arch, batch, size: Of the backbone, and the batch's.
         dtype: See :func:`read_config`.
         device: ``'cpu'`` or ``'cuda'``.
@@ -237,10 +254,8 @@ class Training:
     ) -> None:
         cfg = read_config(task, arch, size, dtype, device)
         self.task, self.cfg, self.size = task, cfg, size
-        cfgs = {name: _with_backbone(cfg, name) for name in names}
-        # Ours is the one whose weights the others get.
-        cfgs = dict(sorted(cfgs.items(), key=lambda c: c[0] == 'mmpretrain'))
-        with DefaultScope.overwrite_default_scope(cfg.default_scope), _quiet():
+        cfgs = with_backbones(cfg, names)
+        with DefaultScope.overwrite_default_scope(cfg.default_scope), quiet():
             self.models: dict[str, Any] = {
                 name: model.to(device).train()
                 for name, model in build_models(cfgs, seed=0).items()
@@ -265,12 +280,8 @@ class Training:
 
     def own_bytes(self, name: str) -> int:
         """Of a model and its optimizer's state."""
-        state = self.optim_wrappers[name].optimizer.state.values()
-        return own_bytes(self.models[name]) + sum(
-            t.nbytes
-            for entry in state
-            for t in entry.values()
-            if isinstance(t, Tensor) and t.device.type != 'cpu'
+        return own_bytes(self.models[name]) + state_bytes(
+            self.optim_wrappers[name].optimizer
         )
 
     def loss(self, name: str) -> Tensor:
@@ -329,8 +340,18 @@ class Training:
                     )
 
 
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Of what an optimizer keeps on a GPU."""
+    return sum(
+        t.nbytes
+        for entry in optimizer.state.values()
+        for t in entry.values()
+        if isinstance(t, Tensor) and t.device.type != 'cpu'
+    )
+
+
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without the names of all parameters, which constructors print."""
     logger = MMLogger.get_current_instance()
     level = logger.level
@@ -342,12 +363,40 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
+def with_backbones(cfg: Config, names: Sequence[str]) -> dict[str, Config]:
+    """A config with each of these backbones. Ours comes first: it is the one whose
+    weights the other ConvNeXts get; those of other networks are their own."""
+    rank = {'paper': 1, 'mmpretrain': 2, **dict.fromkeys(OTHERS, 3)}
+    return {
+        name: _with_backbone(cfg, name)
+        for name in sorted(names, key=lambda name: rank.get(name, 0))
+    }
+
+
 def _with_backbone(cfg: Config, name: str) -> Config:
-    if name != 'mmpretrain':
-        cfg = copy.deepcopy(cfg)
-        cfg.model.backbone.impl = name
+    if name == 'mmpretrain':
+        cfg = with_mmpretrain(cfg)
+        # Its own libraries' layer decay: by stages ours serves our backbone only.
+        cfg.optim_wrapper.constructor = 'LearningRateDecayOptimizerConstructor'
         return cfg
-    cfg = with_mmpretrain(cfg)
-    # Its own libraries' layer decay: by stages ours serves our backbone only.
-    cfg.optim_wrapper.constructor = 'LearningRateDecayOptimizerConstructor'
+    arch, cfg = cfg.model.backbone.arch, copy.deepcopy(cfg)
+    if name not in OTHERS:
+        cfg.model.backbone.impl = (
+            'eager' if name == 'paper' else name.removesuffix(DEPLOY)
+        )
+    else:
+        theirs = get_config(MMDET_SWIN if name == 'swin' else MMDET_RESNET).model
+        cfg.model.backbone, cfg.model.neck.in_channels = (
+            theirs.backbone,
+            theirs.neck.in_channels,
+        )
+        cfg.model.backbone.pop('init_cfg', None)
+        if name == 'swin':
+            width, depths, heads = SWIN_SIZES[arch]
+            cfg.model.backbone.update(embed_dims=width, depths=depths, num_heads=heads)
+            cfg.model.neck.in_channels = [width * 2**i for i in range(4)]
+    if name in ('paper', *OTHERS):
+        # Layers are not numbered there, and memory does not depend on the rates.
+        for key in ('constructor', 'paramwise_cfg'):
+            cfg.optim_wrapper.pop(key, None)
     return cfg

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from convnext_mm.archs import ARCHS
 from convnext_mm.checkpoint import convert_state_dict
 from convnext_mm.models import ConvNeXt
-from convnext_mm.models.block import IMPLEMENTATIONS
+from convnext_mm.models.block import IMPLEMENTATIONS, sample_drop_scale
 
 # Where a peer's network is; the paper's formulation is written below.
 PEER_MODULES = dict(
@@ -34,9 +34,10 @@ TOLERANCE = 1e-4
 class Paper(nn.Module):
     """The network as the paper's released code computes it: NCHW maps,
     permuted for the pointwise layers, LayerNorm of NCHW maps in separate
-    steps. Parameters are those of a :class:`ConvNeXt`."""
+    steps. Parameters and drop path are those of a :class:`ConvNeXt`, or of an
+    isotropic one."""
 
-    def __init__(self, model: ConvNeXt) -> None:
+    def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
 
@@ -57,11 +58,24 @@ class Paper(nn.Module):
             for layer in layers:
                 x = layer(x) if isinstance(layer, nn.Conv2d) else self.norm(x, layer)
             for block in stage:
-                y = block.dwconv(x).permute(0, 2, 3, 1)
-                y = block.pwconv2(F.gelu(block.pwconv1(block.norm(y))))
-                x = x + (block.gamma * y).permute(0, 3, 1, 2)
-            outs.append(self.norm(x, getattr(self.model, f'norm{i}')))
+                x = x + self._branch(x, block)
+            if i in self.model.out_indices:
+                norm = getattr(self.model, f'norm{i}')
+                if self.model.gap_before_final_norm:
+                    pooled = self.norm(x.mean((2, 3), keepdim=True), norm)
+                    outs.append(pooled.flatten(1))
+                else:
+                    outs.append(self.norm(x, norm))
         return outs
+
+    def _branch(self, x: Tensor, block: Any) -> Tensor:
+        y = block.dwconv(x).permute(0, 2, 3, 1)
+        y = block.pwconv2(F.gelu(block.pwconv1(block.norm(y))))
+        if block.gamma is not None:
+            y = block.gamma * y
+        y = y.permute(0, 3, 1, 2)
+        scale = sample_drop_scale(x, block.drop_path if self.training else 0)
+        return y if scale is None else y * scale.to(y.dtype)[:, None, None, None]
 
 
 class Peer(nn.Module):
@@ -163,16 +177,36 @@ def build(names: Sequence[str], arch: str, device: str) -> Networks:
     """
     torch.manual_seed(0)
     model = ConvNeXt(arch, layer_scale_init_value=LAYER_SCALE, impl='eager')
+
+    def build_one(name: str) -> nn.Module:
+        if name in PEERS:
+            return build_peer(name, arch, model)
+        return build_ours(name, arch, model)
+
+    return build_checked(names, build_one, model, device)
+
+
+def build_checked(
+    names: Sequence[str],
+    build_one: Callable[[str], nn.Module],
+    model: nn.Module,
+    device: str,
+) -> Networks:
+    """Networks of these names, each seen to give what ``model`` gives.
+
+    Args:
+        build_one: A network with the weights of ``model``, by name.
+        model: This package's network, in plain PyTorch.
+
+    Raises:
+        SystemExit: One of ours gives something else.
+    """
     x = torch.rand(CHECK_SHAPE, device=device)
     expected = _maps(copy.deepcopy(model).to(device), x)
     networks = Networks({}, {})
     for name in names:
         try:
-            network = (
-                build_peer(name, arch, model)
-                if name in PEERS
-                else build_ours(name, arch, model)
-            ).to(device)
+            network = build_one(name).to(device)
             error = difference(expected, _maps(network, x))
         except Exception as reason:  # whatever a library or driver may raise
             networks.skipped[name] = one_line(reason)

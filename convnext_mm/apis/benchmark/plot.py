@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from convnext_mm.analysis.meter import summary
 
 from .networks import PEERS
+from .published import PAPER_KIND
 
 OURS_COLOUR, PEER_COLOUR, FLOOR_COLOUR = '#c2543d', '#8a94a6', '#333333'
 DTYPE_NAMES = {'amp': 'bf16 autocast', 'amp-fp16': 'fp16 autocast'}
@@ -56,6 +57,11 @@ def read_panels(paths: Sequence[str]) -> dict[tuple[str, str, str], list[Bar]]:
             result = None
         if not isinstance(result, dict) or 'rows' not in result:
             raise ValueError(f'{path} is no result of `convnext-mm bench`')
+        if result.get('kind') == PAPER_KIND:
+            raise ValueError(
+                f'{path} holds the tables of `convnext-mm bench --paper`, which are '
+                'not drawn; the command inside, run again, prints them'
+            )
         height, width = result['size']
         case = f'{result["arch"]}, {result["batch"]}x3x{height}x{width}'
         for row in result['rows']:

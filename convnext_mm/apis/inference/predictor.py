@@ -19,7 +19,7 @@ from convnext_mm.apis.quiet import quiet
 from convnext_mm.apis.test import use_test_time_augmentation
 from convnext_mm.apis.zoo import resolve
 from convnext_mm.engine.errors import ConfigError
-from convnext_mm.models import ConvNeXt
+from convnext_mm.models import StagedBackbone
 
 from .sources import Picture
 
@@ -77,7 +77,7 @@ class Predictor:
             self.inferencer.model = MODELS.build(dict(**outer, module=network)).eval()
         if deploy:
             for module in self.inferencer.model.modules():
-                if isinstance(module, ConvNeXt):
+                if isinstance(module, StagedBackbone):
                     module.switch_to_deploy()
         self.max_pixels = MAX_PIXELS[self.scope]
 

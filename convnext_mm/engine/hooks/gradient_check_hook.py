@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
 from convnext_mm.engine.errors import ConfigError
-from convnext_mm.models import ConvNeXt
+from convnext_mm.models import StagedBackbone
 from convnext_mm.registry import HOOKS
 
 NAMED = 5  # parameters in a message
@@ -117,7 +117,7 @@ def explain(model: nn.Module, missing: dict[nn.Parameter, str]) -> str:
     """
     missing, sentences = dict(missing), []
     for name, backbone in model.named_modules():
-        if not isinstance(backbone, ConvNeXt):
+        if not isinstance(backbone, StagedBackbone):
             continue
         parts = {
             i: getattr(backbone, f'norm{i}', backbone.stages[i])

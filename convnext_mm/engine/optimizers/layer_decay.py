@@ -7,9 +7,9 @@ from mmengine.logging import print_log
 from mmengine.optim import DefaultOptimWrapperConstructor
 from torch import nn
 
-from convnext_mm.models import ConvNeXt
+from convnext_mm.models import StagedBackbone
 from convnext_mm.models.arguments import integer, number, one_of
-from convnext_mm.models.layer_id import DECAY_TYPES, default_num_layers, get_layer_id
+from convnext_mm.models.layer_id import DECAY_TYPES
 from convnext_mm.registry import OPTIM_WRAPPER_CONSTRUCTORS, register
 
 PREFIX = 'backbone.'
@@ -36,7 +36,7 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     dimension, biases and GRN's gamma and beta get no weight decay; frozen ones
     are left out. For ConvNeXt V1 this is what the published recipes do (arXiv
     2201.03545, table 8 ff. and its released code). It serves any model whose
-    ``backbone`` is a :class:`convnext_mm.ConvNeXt`, and, layer-wise with its
+    ``backbone`` is one of this package, and, layer-wise with its
     own count, any other that has ``get_layer_depth`` (those of mmpretrain).
 
     Args:
@@ -144,8 +144,8 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         """A function from parameter name to layer id, and the id of the full
         learning rate."""
         backbone: Any = getattr(model, 'backbone', None)
-        if isinstance(backbone, ConvNeXt):
-            return self._convnext_ids(model, backbone)
+        if isinstance(backbone, StagedBackbone):
+            return self._own_ids(model, backbone)
         if hasattr(backbone, 'get_layer_depth'):
             return self._ids_of_another(backbone)
         found = (
@@ -159,14 +159,14 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
             f'{type(model).__name__} has {found}'
         )
 
-    def _convnext_ids(
-        self, model: nn.Module, backbone: ConvNeXt
+    def _own_ids(
+        self, model: nn.Module, backbone: StagedBackbone
     ) -> tuple[Callable[[str], int], int]:
-        default = default_num_layers(backbone.depths)
+        default = backbone.default_num_layers()
         num_layers = self.paramwise_cfg.get('num_layers') or default
 
         def get_id(name: str) -> int:
-            return get_layer_id(name, num_layers, self._decay_type, PREFIX)
+            return backbone.get_layer_id(name, num_layers, self._decay_type, PREFIX)
 
         # An id above num_layers + 1 would mean a scale above 1.
         highest = max(get_id(name) for name, _ in model.named_parameters())
@@ -184,7 +184,7 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         kind = type(backbone).__name__
         if self._decay_type != 'layer_wise':
             raise ValueError(
-                f'decay_type={self._decay_type!r} is for convnext_mm.ConvNeXt; '
+                f'decay_type={self._decay_type!r} is for backbones of convnext_mm; '
                 f"{kind} is served with 'layer_wise'"
             )
         full_id = backbone.get_layer_depth('head', PREFIX)[1] - 1

@@ -1,0 +1,23 @@
+# Any network on the road from ResNet-200 to ConvNeXt-B: --cfg-options
+# model.backbone.step='patchify stem' (the steps: convnext-mm show roadmap). What reads
+# the backbone's maps follows it.
+# It starts from what modernized-resnet200_32xb128_in1k.py trained for the same step.
+_base_ = '../mask_rcnn/mask-rcnn_convnext-t_fpn_8xb2-amp-ms-crop-3x_coco.py'
+
+model = dict(
+    backbone=dict(
+        _delete_=True,
+        type='convnext_mm.ModernizedResNet',
+        regime='resnet200',
+        step='separate downsampling',
+        drop_path_rate=0.4,
+        norm_eval=True,  # of the two images of a GPU BatchNorm learns little
+        init_cfg=dict(
+            type='Pretrained',
+            checkpoint='work_dirs/modernized-resnet200_32xb128_in1k/epoch_300.pth',
+        ),
+    ),
+    neck=dict(in_channels=[128, 256, 512, 1024]),
+)
+
+optim_wrapper = dict(paramwise_cfg=dict(decay_rate=0.8, num_layers=None))

@@ -1,0 +1,9 @@
+_base_ = [
+    '../_base_/models/classifier_convnext.py',
+    '../_base_/datasets/imagenet_c.py',
+    'mmpretrain::_base_/default_runtime.py',
+]
+
+model = dict(backbone=dict(arch='base'), head=dict(in_channels=1024))
+test_pipeline = _base_.pipeline_384
+test_dataloader = dict(dataset=dict(pipeline=test_pipeline))

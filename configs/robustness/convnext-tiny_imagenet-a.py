@@ -1,0 +1,7 @@
+_base_ = [
+    '../_base_/models/classifier_convnext.py',
+    '../_base_/datasets/imagenet_a.py',
+    'mmpretrain::_base_/default_runtime.py',
+]
+
+model = dict(backbone=dict(arch='tiny'))
