@@ -11,6 +11,9 @@ PRIVATE_NAMES = {
     'torch.ops.mkldnn._reorder_linear_weight': (
         'deployed weights keep the order that they have'
     ),
+    'torch.ops.mkldnn._is_mkldnn_bf16_supported': (
+        'deployed bf16 weights keep the order that they have'
+    ),
     'torch.ops.aten.native_layer_norm_backward': "impl='eager' runs, not 'lean'",
     'torch.ops.aten.convolution_backward': "impl='eager' runs, not 'lean'",
     'torch.ops.aten.gelu_backward': "impl='eager' runs, not 'lean'",
@@ -40,3 +43,14 @@ def _has(name: str) -> bool:
         print_log(f'PyTorch {torch.__version__} has no {name}: {instead}.', 'current')
         return False
     return True
+
+
+def onednn_multiplies(dtype: torch.dtype) -> bool:
+    """Whether oneDNN's matrix products take a dtype on this CPU: bf16 needs AVX-512
+    or its like."""
+    name = 'torch.ops.mkldnn._is_mkldnn_bf16_supported'
+    return dtype == torch.float32 or (
+        dtype == torch.bfloat16
+        and has(name)
+        and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    )

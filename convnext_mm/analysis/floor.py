@@ -9,7 +9,7 @@ import torch
 from torch.utils.benchmark import Timer
 
 from convnext_mm.archs import ARCHS
-from convnext_mm.private_names import has
+from convnext_mm.private_names import has, onednn_multiplies
 
 # The fewest values moved per channel, pixel and block (docs/performance.md).
 LEAST_VALUES = dict(infer=18, train=59)
@@ -87,7 +87,7 @@ class Rates:
             products = ['a @ a']
             if (
                 self.device == 'cpu'
-                and dtype != torch.float16
+                and onednn_multiplies(dtype)
                 and has('torch.ops.mkldnn._linear_pointwise')
             ):
                 products.append(

@@ -294,7 +294,8 @@ def _best(folder: Path) -> Path | None:
 def _config_of(folder: Path) -> Path:
     """That a run has left in its work folder."""
     # Of the newest start; a file beside the checkpoints may be anything.
-    configs = sorted(folder.glob('*/vis_data/config.py'))[-1:]
+    configs = sorted(folder.glob('*/vis_data/config.py'))
+    configs = [path for path in configs if not _is_averaged(path)][-1:]
     configs = configs or list(folder.glob('*.py'))
     if len(configs) != 1:
         raise ConfigError(
@@ -302,6 +303,15 @@ def _config_of(folder: Path) -> Path:
             'training wrote has one; give a config and a checkpoint'
         )
     return configs[0]
+
+
+def _is_averaged(path: Path) -> bool:
+    """Whether `test --tta` left it, with another model and data around the run's."""
+    from mmengine.config import Config
+
+    cfg = Config.fromfile(path)
+    tta = cfg.get('tta_model')
+    return tta is not None and cfg.model.type == tta.type
 
 
 def _in_work_folder(folder: Path, checkpoint: str | None) -> tuple[str, str]:

@@ -11,7 +11,7 @@ order that oneDNN reads.
 import torch
 from torch import Tensor
 
-from convnext_mm.private_names import has
+from convnext_mm.private_names import has, onednn_multiplies
 
 from . import fused, lean
 from .weights import BlockWeights
@@ -51,7 +51,7 @@ def pack(weights: BlockWeights, dtype: torch.dtype) -> lean.Packed:
     folded = fold(weights)
     w1, w2 = folded.pwconv1_weight.to(dtype), folded.pwconv2_weight.to(dtype)
     if (
-        dtype in (torch.float32, torch.bfloat16)
+        onednn_multiplies(dtype)
         and lean.onednn(w1)
         and has('torch.ops.mkldnn._reorder_linear_weight')
     ):
