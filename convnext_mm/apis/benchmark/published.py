@@ -58,7 +58,7 @@ ISOTROPIC_DROP_PATH = dict(small=0.1, base=0.2, large=0.5)
 # By block: how the published figures came to be, and what that leaves to compare.
 CONDITIONS = {
     'throughput': (
-        'Published: one A100, PyTorch 1.10, TF32, channels-last; the batch is not '
+        'Published: one A100, TF32, channels-last; the batch is not '
         'stated. Images per second of another device, batch or PyTorch are not '
         'comparable with them; ratios between networks on one machine are, with care. '
         'Only fp32 rows have a published counterpart, and only where fp32 is TF32.'
