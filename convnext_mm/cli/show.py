@@ -19,10 +19,12 @@ Examples:
   {PROGRAM} backbone mask-rcnn_convnext-t_fpn_8xb2-amp-ms-crop-3x_coco
   {PROGRAM} lr my_config.py
   {PROGRAM} run work_dirs/one work_dirs/other
-  {PROGRAM} data my_config.py --count 12"""
+  {PROGRAM} data my_config.py --count 12
+  {PROGRAM} roadmap"""
 )
 def command() -> None:
-    """Draw a backbone, a learning rate, a run, or training data."""
+    """Draw a backbone, a learning rate, a run, training data, or the road from ResNet
+    to ConvNeXt."""
 
 
 settings_option = click.option(
@@ -108,12 +110,12 @@ def backbone(
     out: str | None,
     cfg_options: dict | None,
 ) -> None:
-    """Show the ConvNeXt of CONFIG. For each stage, with the stem or downsampling
-    layer before it and its output norm: parameters, FLOPs (multiply-accumulates, as in
-    the ConvNeXt papers), and the memory that training keeps for backward, measured in
-    fp32 on this CPU for one image. For each layer: its id, and its learning rate under
-    the config's optimizer. CONFIG is a path, or the name of a recipe
-    (`convnext-mm zoo`)."""
+    """Show the backbone of CONFIG: ConvNeXt, isotropic ConvNeXt, or a network on the
+    road from ResNet. For each stage, with the stem or downsampling layer before it and
+    its output norm: parameters, FLOPs (multiply-accumulates, as in the ConvNeXt
+    papers), and the memory that training keeps for backward, measured in fp32 on this
+    CPU for one image. For each layer: its id, and its learning rate under the config's
+    optimizer. CONFIG is a path, or the name of a recipe (`convnext-mm zoo`)."""
     from convnext_mm.analysis.complexity import default_shape
     from convnext_mm.apis.config import load_config
     from convnext_mm.apis.show import (
@@ -454,3 +456,169 @@ def data(
         title = f'{Path(config).stem}, {split}, seed {seed}'
         picture = write_samples(samples, folder, title)
     print(f'{len(samples)} samples: {picture}, each alone in {folder}')
+
+
+@command.command(
+    'roadmap',
+    cls=Command,
+    short_help='The steps from ResNet to ConvNeXt: accuracy and costs.',
+    epilog=f"""\b
+Examples:
+  {PROGRAM} roadmap
+  {PROGRAM} roadmap --regime resnet50 resnet200 --no-measure --out pictures
+  {PROGRAM} roadmap --steps resnet depthwise-conv 'kernel size 7' --size 512 512
+  {PROGRAM} roadmap --device cuda --batch 64 --rounds 20 --json""",
+)
+@click.option(
+    '--regime',
+    multiple=True,
+    metavar='NAME',
+    help='resnet50 (to ConvNeXt-T), resnet200 (to ConvNeXt-B), or both.  '
+    '[default: resnet50]',
+)
+@click.option(
+    '--steps', multiple=True, metavar='STEP', help='Some of them.  [default: all]'
+)
+@click.option(
+    '--no-detector', is_flag=True, help='Count no Mask R-CNN, which needs MMDetection.'
+)
+@click.option('--no-measure', is_flag=True, help='Measure neither memory nor time.')
+@click.option(
+    '--size',
+    type=int,
+    nargs=2,
+    metavar='H W',
+    help='Of the images that are measured with.  [default: 224 224]',
+)
+@click.option('--batch', type=int, help='Of them, for times.  [default: 1]')
+@click.option('--rounds', type=int, help='Measured rounds.  [default: 5]')
+@click.option('--device', type=click.Choice(['cpu', 'cuda']), help='[default: cpu]')
+@click.option(
+    '--clock',
+    type=click.Choice(['wall', 'cpu']),
+    help='cpu: time spent computing, for one thread on a busy machine.  '
+    '[default: wall]',
+)
+@click.option('--threads', type=int, help='Of the CPU.  [default: 1]')
+@click.option('--json', 'as_json', is_flag=True, help='Print JSON instead of tables.')
+@click.option(
+    '--out', metavar='DIR', help='Folder for a picture of each regime.  [default: none]'
+)
+@click.pass_context
+def roadmap(
+    ctx: click.Context,
+    /,
+    no_detector: bool,
+    no_measure: bool,
+    as_json: bool,
+    out: str | None,
+    **options: Any,
+) -> None:
+    """Show the steps from ResNet to ConvNeXt (arXiv 2201.03545, section 2): published
+    ImageNet-1K accuracy; FLOPs (multiply-accumulates) and parameters of the
+    classifier, and FLOPs of a Mask R-CNN, counted here; and, of the backbone, the
+    memory that training keeps for backward, in fp32 for one image, and the time of a
+    batch, forward and in a train step without the optimizer, measured on this
+    machine. Networks take turns, so that what else the machine does hits all
+    alike."""
+    import shlex
+
+    from convnext_mm.apis.show import (
+        RoadmapSettings,
+        as_dict,
+        conditions,
+        draw_roadmap,
+        walk,
+    )
+
+    given = {k: v for k, v in options.items() if v not in (None, ())}
+    settings = RoadmapSettings(
+        **given, detector=not no_detector, measured=not no_measure
+    )
+    pictures: list[Path] = []
+    with _logs_aside():
+        folder = _folder(out, '') if out else None
+        regimes = walk(settings)
+        if folder:
+            pictures = [
+                draw_roadmap(
+                    name, rows, folder / f'roadmap_{name}.png', conditions(settings)
+                )
+                for name, rows in regimes.items()
+            ]
+    if as_json:
+        import json
+
+        words = shlex.join(['convnext-mm', 'show', 'roadmap', *ctx.meta['arguments']])
+        result = as_dict(settings, regimes, words)
+        print(json.dumps({**result, 'pictures': [*map(str, pictures)]}, indent=1))
+    else:
+        _print_roadmap(regimes, conditions(settings), pictures)
+
+
+def _print_roadmap(
+    regimes: dict[str, list[Any]], conditions: str, pictures: list[Path]
+) -> None:
+    from rich.console import Console
+
+    from convnext_mm.apis.show.roadmap_facts import ENDS, PEERS, SOURCE
+
+    console = Console()
+    for regime, rows in regimes.items():
+        console.print(_counted(rows, 'From {} to {}'.format(*ENDS[regime])))
+        peer = PEERS[regime]
+        notes = [
+            f'Published ({SOURCE}): top 1, GFLOPs of the paper; {peer.name} has '
+            f'{peer.top1} with {peer.gflops} GFLOPs.'
+        ]
+        if not all(row.is_kept for row in rows):
+            notes.append('(x): tried, and not kept.')
+        if not all(row.is_printed for row in rows):
+            notes.append('*: not what the layers need, see docs/roadmap.md.')
+        console.print(' '.join(notes), soft_wrap=True, highlight=False)
+        if rows[0].train:
+            console.print(_measured(rows))
+            console.print(
+                f'Medians, and what they are of the first row: {conditions}',
+                soft_wrap=True,
+                highlight=False,
+            )
+    for picture in pictures:
+        console.print(str(picture), soft_wrap=True)
+
+
+def _step(row: Any) -> str:
+    return row.step if row.is_kept else f'{row.step} (x)'
+
+
+def _counted(rows: list[Any], title: str) -> Any:
+    columns = ['step', 'top 1', 'GFLOPs\npaper', 'GFLOPs', 'params\n(M)']
+    has_detector = rows[0].detector_flops is not None
+    table = _table(title, *columns, *['Mask R-CNN\nGFLOPs'] * has_detector)
+    for row in rows:
+        cells = [
+            _step(row),
+            f'{row.top1:.2f}'
+            + (f' ± {row.std:.2f}' if row.std is not None else ' ' * 7),
+            f'{row.printed_gflops:.2f}{" " if row.is_printed else "*"}',
+            f'{row.flops / 1e9:.2f}',
+            f'{row.params / 1e6:.2f}',
+        ]
+        if has_detector:
+            cells.append(f'{row.detector_flops / 1e9:.1f}')
+        table.add_row(*cells)
+    return table
+
+
+def _measured(rows: list[Any]) -> Any:
+    table = _table(
+        'Backbones', 'step', 'kept\n(MiB)', 'forward\n(ms)', '', 'train step\n(ms)', ''
+    )
+    first = rows[0]
+    for row in rows:
+        cells = [_step(row), f'{row.saved_bytes / 2**20:.1f}']
+        for times, start in ((row.forward, first.forward), (row.train, first.train)):
+            ratio = times['median_ms'] / start['median_ms']
+            cells += [f'{times["median_ms"]:.1f}', f'{ratio:.2f}']
+        table.add_row(*cells)
+    return table

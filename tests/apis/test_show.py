@@ -33,6 +33,7 @@ from convnext_mm.apis.show import (
 from convnext_mm.apis.show import samples as show_samples
 from convnext_mm.apis.show.backbone import stride_of
 from convnext_mm.apis.show.learning_rate import count_epoch, ranges, summarise
+from convnext_mm.archs import STEPS
 from convnext_mm.cli import main
 from convnext_mm.datasets import write_shapes
 from convnext_mm.engine.errors import ConfigError
@@ -51,7 +52,9 @@ SIZE = (160, 224)
 
 def config(scope='mmseg', model=segmentor, optim_wrapper=LAYER_DECAY, **backbone):
     pytest.importorskip(scope)
-    settings = dict(type='convnext_mm.ConvNeXt', arch=ARCH, **backbone)
+    settings = backbone
+    if 'type' not in backbone:
+        settings = dict(type='convnext_mm.ConvNeXt', arch=ARCH, **backbone)
     return Config(
         dict(
             default_scope=scope,
@@ -65,7 +68,9 @@ def config(scope='mmseg', model=segmentor, optim_wrapper=LAYER_DECAY, **backbone
 
 def bare(**backbone):
     """A config of a backbone alone."""
-    settings = dict(type='convnext_mm.ConvNeXt', arch=ARCH, **backbone)
+    settings = backbone
+    if 'type' not in backbone:
+        settings = dict(type='convnext_mm.ConvNeXt', arch=ARCH, **backbone)
     return Config(dict(default_scope='mmengine', model=dict(backbone=settings)))
 
 
@@ -186,6 +191,74 @@ def test_another_backbone(cfg, message):
 def test_an_image_that_is_too_small():
     with pytest.raises(ConfigError, match='--shape 16 64 is too small.* at least 32'):
         describe(bare(), (16, 64))
+
+
+ISOTROPIC = dict(
+    type='convnext_mm.IsotropicConvNeXt', arch=dict(depth=3, channels=16), patch_size=8
+)
+STEP = dict(
+    type='convnext_mm.ModernizedResNet', depths=[1, 2, 2, 1], width_multiplier=0.125
+)
+OTHERS = [
+    ISOTROPIC,
+    dict(ISOTROPIC, frozen_stages=1, gap_before_final_norm=True),
+    *(dict(STEP, step=step) for step in STEPS),
+    dict(STEP, step='resnet', norm_eval=True, frozen_stages=1),
+    dict(STEP, step='fewer norms', drop_path_rate=0.5, out_indices=(1, 2)),
+]
+
+
+@pytest.mark.parametrize('settings', OTHERS, ids=str)
+def test_other_networks_of_the_package(settings):
+    """Stages, and what training keeps of them, are those of the whole network."""
+    cfg = bare(**settings)
+    stages = describe(cfg, SIZE).stages
+    backbone = build_backbone(cfg, 'cpu').train()
+    for module in backbone.modules():
+        if hasattr(module, 'drop_path'):
+            module.drop_path = 0.0
+    x = torch.zeros(1, 3, *SIZE)
+    assert sum(stage.saved_bytes for stage in stages) == saved_bytes(
+        lambda: backbone(x), backbone
+    )
+    assert sum(s.params for s in stages) == sum(
+        p.numel() for p in backbone.parameters()
+    )
+    assert [s.stride * s.shape[0] for s in stages] == [SIZE[0]] * len(stages)
+
+
+@pytest.mark.parametrize(
+    'settings',
+    [
+        dict(ISOTROPIC, layer_scale_init_value=1.0),
+        dict(STEP, step='resnet'),
+        dict(STEP, step='patchify stem'),
+        dict(STEP, step='kernel size 7'),
+        dict(STEP, step='separate downsampling', layer_scale_init_value=1.0),
+    ],
+    ids=str,
+)
+def test_fields_lie_around_their_centers(settings):
+    """What a position sees begins and ends as far from its centre."""
+    settings = dict(settings, out_norm=False)
+    if settings['type'].endswith('ResNet'):
+        settings.update(out_indices=(0, 1))
+    torch.manual_seed(0)
+    backbone = build_backbone(bare(**settings), 'cpu')
+    for field in receptive_fields_of(backbone, (256, 256), num_inputs=2):
+        for axis, center in zip((1, 0), field.center):
+            seen = field.field.any(axis).nonzero().flatten()
+            before, after = center - seen[0].item(), seen[-1].item() - center
+            assert before == after
+
+
+def test_layers_of_other_networks():
+    iso = describe(config(**ISOTROPIC), SIZE).layers
+    assert [layer.name for layer in iso][:2] == ['stem', 'stage 1 block 1']
+    step = describe(config(**dict(STEP, step='resnet')), SIZE).layers
+    assert step[0].name == 'stem' and step[-1].name == 'stage 4 block 1'
+    for layers in (iso, step):
+        assert all(layer.layer_id is not None for layer in layers)
 
 
 @pytest.mark.parametrize('kernel, stride', [(7, 1), (8, 4), (2, 2)])

@@ -1,4 +1,4 @@
-"""What a config's ConvNeXt is made of, and what it sees."""
+"""What a config's backbone is made of, and what it sees."""
 
 import copy
 import functools
@@ -21,7 +21,7 @@ from convnext_mm.analysis.meter import saved_bytes
 from convnext_mm.apis.quiet import quiet
 from convnext_mm.checkpoint.load import load_pretrained
 from convnext_mm.engine.errors import ConfigError
-from convnext_mm.models import ConvNeXt
+from convnext_mm.models import StagedBackbone
 
 from .learning_rate import layer_id, layer_of, optimizer_of, ranges
 from .output import save
@@ -32,6 +32,7 @@ SAVED_SIDES = (64, 128)
 FRACTIONS = (0.5, 0.9, 0.99)
 NUM_INPUTS = 8
 NUM_CHANNELS = 8  # drawn of each stage
+STRIDED = (nn.Conv2d, nn.MaxPool2d)
 
 
 class Stage(NamedTuple):
@@ -107,7 +108,7 @@ class ReceptiveField(NamedTuple):
     sides: tuple[int, ...]
 
 
-def build_backbone(cfg: Config, device: str = 'meta') -> ConvNeXt:
+def build_backbone(cfg: Config, device: str = 'meta') -> StagedBackbone:
     """The backbone of a config in evaluation mode, without pretrained weights.
 
     Args:
@@ -126,10 +127,12 @@ def build_backbone(cfg: Config, device: str = 'meta') -> ConvNeXt:
             found = registry.get(kind)
     else:
         found = kind
-    if not (isinstance(found, type) and issubclass(found, ConvNeXt)):
+    if not (isinstance(found, type) and issubclass(found, StagedBackbone)):
         raise ConfigError(
             f'model.backbone.type is {getattr(kind, "__name__", kind)!r}, and what is '
-            "shown is a ConvNeXt: give a config with type='convnext_mm.ConvNeXt'"
+            'shown is a network of this package: give a config with type='
+            "'convnext_mm.ConvNeXt', 'convnext_mm.IsotropicConvNeXt' or "
+            "'convnext_mm.ModernizedResNet'"
         )
     if settings.get('impl') == 'triton':
         settings.impl = 'auto'  # neither the CPU nor meta has it
@@ -141,7 +144,7 @@ def build_backbone(cfg: Config, device: str = 'meta') -> ConvNeXt:
 
 
 def load_weights(
-    backbone: ConvNeXt, checkpoint: str | None, prefix: str | None = None
+    backbone: StagedBackbone, checkpoint: str | None, prefix: str | None = None
 ) -> str:
     """Gives a backbone weights: a checkpoint's, else those that its ``init_cfg``
     names, as training does, else its initial ones.
@@ -206,22 +209,42 @@ def describe(cfg: Config, size: Shape) -> Description:
     return Description(size, stages, layers, layer_decay)
 
 
-def stride_of(backbone: ConvNeXt, stage: int) -> int:
+def stride_of(backbone: StagedBackbone, stage: int) -> int:
     """Pixels of the input from one position of a stage's map to the next."""
-    stride = backbone.stem_patch_size * 2**stage
-    # 32 dilates nothing, whatever the stem's patch.
-    return (
-        stride if backbone.output_stride == 32 else min(stride, backbone.output_stride)
-    )
+    return _grid(backbone, stage)[0]
 
 
-def _parts(backbone: ConvNeXt, stage: int) -> list[nn.Module]:
+def _grid(backbone: StagedBackbone, stage: int) -> tuple[int, float]:
+    """Stride of a stage's map, and the pixel, counted from 0, in the middle of what
+    its first position sees: 1.5 behind a patch of 4, 0 behind a ResNet's stem, whose
+    kernels begin in the padding."""
+    stride, center = 1, 0.0
+    for layers in zip(backbone.downsample_layers, backbone.stages[: stage + 1]):
+        for place, module in nn.ModuleList(layers).named_modules():
+            # A shortcut has the stride of what it passes.
+            if isinstance(module, STRIDED) and '.shortcut.' not in place:
+                sizes: list[Any] = [
+                    getattr(module, name)
+                    for name in ('kernel_size', 'stride', 'padding')
+                ]
+                kernel, step, padding = (
+                    size[0] if isinstance(size, tuple) else size for size in sizes
+                )
+                if step > 1:
+                    center += stride * ((kernel - 1) / 2 - padding)
+                    stride *= step
+    return stride, center
+
+
+def _parts(backbone: StagedBackbone, stage: int) -> list[nn.Module]:
     norm = getattr(backbone, f'norm{stage}', None)
     parts = [backbone.downsample_layers[stage], backbone.stages[stage]]
     return parts if norm is None else [*parts, norm]
 
 
-def _run_stage(backbone: ConvNeXt, stage: int, x: Tensor) -> tuple[Tensor, Tensor]:
+def _run_stage(
+    backbone: StagedBackbone, stage: int, x: Tensor
+) -> tuple[Tensor, Tensor]:
     """What the next stage gets, and what is emitted."""
     downsample, blocks, *norm = _parts(backbone, stage)
     x = blocks(downsample(x))
@@ -230,9 +253,9 @@ def _run_stage(backbone: ConvNeXt, stage: int, x: Tensor) -> tuple[Tensor, Tenso
 
 
 @torch.no_grad()
-def _count(backbone: ConvNeXt, size: Shape) -> tuple[list[Shape], list[int]]:
+def _count(backbone: StagedBackbone, size: Shape) -> tuple[list[Shape], list[int]]:
     """(H, W) and multiply-accumulates of each stage."""
-    smallest = 8 * backbone.stem_patch_size
+    smallest = backbone.min_size
     if min(size) < smallest:
         raise ConfigError(
             f'--shape {size[0]} {size[1]} is too small for this backbone: both sides '
@@ -249,13 +272,17 @@ def _count(backbone: ConvNeXt, size: Shape) -> tuple[list[Shape], list[int]]:
     return shapes, flops
 
 
-def _saved(backbone: ConvNeXt, shapes: Sequence[Shape]) -> list[int]:
+def _saved(backbone: StagedBackbone, shapes: Sequence[Shape]) -> list[int]:
     """Bytes that each stage keeps for backward, for maps of these shapes."""
     # Its numbers do not matter, and memory that is not written takes none.
-    real = copy.deepcopy(backbone).to_empty(device='cpu')
+    real = copy.deepcopy(backbone).to_empty(device='cpu').train()  # as BatchNorm is
+    modules: list[Any] = [*real.modules()]
+    for module in modules:
+        if hasattr(module, 'drop_path'):
+            module.drop_path = 0.0
     measured = []  # for each size (positions, bytes) of each stage
     for side in SAVED_SIDES:
-        side = side * backbone.stem_patch_size // 4
+        side = side * backbone.min_size // 32
         x = torch.zeros(1, backbone.in_channels, side, side)
         before, of_size = 0, []
         for i in range(len(real.stages)):
@@ -276,7 +303,7 @@ def _saved(backbone: ConvNeXt, shapes: Sequence[Shape]) -> list[int]:
 
 
 def _run_stages(
-    backbone: ConvNeXt, number: int, x: Tensor, maps: list[Tensor]
+    backbone: StagedBackbone, number: int, x: Tensor, maps: list[Tensor]
 ) -> list[Tensor]:
     """Runs the first stages, notes their maps, and gives what they emit."""
     outs = []
@@ -362,7 +389,7 @@ class FeatureMaps(NamedTuple):
 
 @torch.no_grad()
 def feature_maps(
-    backbone: ConvNeXt, cfg: Config, image: str, size: Shape
+    backbone: StagedBackbone, cfg: Config, image: str, size: Shape
 ) -> FeatureMaps:
     """The stages' maps before their output norms, which would give every position the
     same norm.
@@ -385,7 +412,7 @@ def feature_maps(
             f'--image {image!r} is no picture that can be read: give the path of one '
             '(JPEG, PNG)'
         )
-    smallest = 8 * backbone.stem_patch_size
+    smallest = backbone.min_size
     pixels = mmcv.imrescale(pixels, (max(size), min(size)))
     if min(pixels.shape[:2]) < smallest or backbone.in_channels != 3:
         raise ConfigError(
@@ -477,6 +504,7 @@ def effective_receptive_fields(
     in_channels: int = 3,
     num_inputs: int = NUM_INPUTS,
     seed: int = 0,
+    centers: Sequence[float] | None = None,
 ) -> list[ReceptiveField]:
     """How much each pixel of the input has to do with the central position of each
     map (Luo et al., "Understanding the Effective Receptive Field in Deep
@@ -493,10 +521,14 @@ def effective_receptive_fields(
         in_channels: Channels of the input.
         num_inputs: Inputs to average over.
         seed: Of inputs and random numbers.
+        centers: Pixel in the middle of what each map's first position sees, the same
+            for rows and columns; None: (s - 1) / 2, as behind patches.
 
     Returns:
         One for each map, ``stage`` counting them from 1.
     """
+    if centers is None:
+        centers = [(s - 1) / 2 for s in strides]
     generator = torch.Generator().manual_seed(seed)
     fields = [torch.zeros(size, dtype=torch.float64) for _ in strides]
     positions: list[Shape] = []
@@ -512,8 +544,10 @@ def effective_receptive_fields(
             )
             fields[number] += gradient[0].abs().mean(0)
     results = []
-    for number, (field, (row, column), s) in enumerate(zip(fields, positions, strides)):
-        center = (row * s + (s - 1) / 2, column * s + (s - 1) / 2)
+    for number, (field, (row, column), s, first) in enumerate(
+        zip(fields, positions, strides, centers)
+    ):
+        center = (row * s + first, column * s + first)
         share = field / field.sum().clamp_min(torch.finfo(field.dtype).tiny)
         sides = tuple(_side(share, center, fraction) for fraction in FRACTIONS)
         results.append(ReceptiveField(number + 1, share, center, sides))
@@ -533,7 +567,7 @@ def _side(share: Tensor, center: tuple[float, float], fraction: float) -> int:
 
 
 def receptive_fields_of(
-    backbone: ConvNeXt, size: Shape, num_inputs: int = NUM_INPUTS
+    backbone: StagedBackbone, size: Shape, num_inputs: int = NUM_INPUTS
 ) -> list[ReceptiveField]:
     """:func:`effective_receptive_fields` of the maps that a backbone emits.
 
@@ -554,12 +588,9 @@ def receptive_fields_of(
     trained = [p for p in backbone.parameters() if p.requires_grad]
     for parameter in trained:
         parameter.requires_grad_(False)
+    strides, centers = zip(*(_grid(backbone, i) for i in backbone.out_indices))
     fields = effective_receptive_fields(
-        backbone,
-        size,
-        [stride_of(backbone, i) for i in backbone.out_indices],
-        backbone.in_channels,
-        num_inputs,
+        backbone, size, strides, backbone.in_channels, num_inputs, centers=centers
     )
     for parameter in trained:
         parameter.requires_grad_(True)
