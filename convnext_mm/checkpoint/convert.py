@@ -130,7 +130,7 @@ def convert(
     if _has_classifiers_norm3(used, found, tensors):
         used = {re.sub('^norm3', FINAL_NORM, name): key for name, key in used.items()}
     state = {name: _to_layout(name, tensors[key], key) for name, key in used.items()}
-    _check_expanded(state.values())
+    check_expanded(state.values())
     norms = [name for name in state if name.endswith(('norm.weight', 'norm.bias'))]
     if norms and not any(name.endswith('bias') for name in norms):
         obstacles.append(RMS_NORM)
@@ -244,7 +244,12 @@ def _label(key: str, inner: str, roots: Collection[str]) -> str:
     return INSIDE if is_inside else label_leftover(key)
 
 
-def _check_expanded(tensors: Iterable[Tensor]) -> None:
+def check_expanded(tensors: Iterable[Tensor]) -> None:
+    """Checks that tensors do not declare far more than their memory holds.
+
+    Raises:
+        CheckpointMismatchError: They do.
+    """
     declared: dict[int, int] = Counter()  # elements, by storage
     held: dict[int, int] = {}
     for tensor in tensors:

@@ -55,7 +55,7 @@ def fit(backbone: Backbone, state: Mapping[str, Tensor], report: Report) -> Stat
     params = dict(backbone.named_parameters())
     placed = dict(state)
     _place_last_norm(placed, params, report, backbone)
-    _adapt_stem(placed, params)
+    adapt_stem(placed, params)
     faults = _compare(placed, params, report)
     if faults.exist:
         _refuse_or_warn(faults, params, report, backbone.allow_partial)
@@ -84,8 +84,8 @@ def fill(params: Params, state: Mapping[str, Tensor]) -> None:
         )
     for name, tensor in state.items():
         check_weight(tensor, name)
-    if too_large := _too_large(state, params):
-        raise CheckpointMismatchError(_advise_dtype(too_large, params))
+    if excess := too_large(state, params):
+        raise CheckpointMismatchError(advise_dtype(excess, params))
     with torch.no_grad():
         for name, tensor in state.items():
             params[name].copy_(tensor)
@@ -121,7 +121,7 @@ def _place_last_norm(
         )
 
 
-def _adapt_stem(state: State, params: Params) -> None:
+def adapt_stem(state: State, params: Params) -> None:
     """Makes the stem of an RGB network take another number of channels.
 
     Fewer channels get the average over red, green and blue; more repeat them in
@@ -190,7 +190,7 @@ def _compare(state: State, params: Params, report: Report) -> Faults:
             if name not in state and name.split('.')[0] in needed
         ),
         wrong=wrong,
-        too_large=_too_large(
+        too_large=too_large(
             {name: tensor for name, tensor in state.items() if name not in wrong},
             params,
         ),
@@ -206,7 +206,7 @@ def _stage(name: str) -> str:
     return number if part in PARTS else ''
 
 
-def _too_large(state: Mapping[str, Tensor], params: Params) -> dict[str, float]:
+def too_large(state: Mapping[str, Tensor], params: Params) -> dict[str, float]:
     """The largest finite magnitude of tensors that hold more than the dtype of
     their parameter can."""
     return {
@@ -253,7 +253,7 @@ def _diagnose(faults: Faults, params: Params, report: Report) -> str:
     ours = infer_spec(params)
     hints = list(faults.obstacles)
     if faults.too_large:
-        hints.append(_advise_dtype(faults.too_large, params))
+        hints.append(advise_dtype(faults.too_large, params))
     hints += _hints(report.spec, ours)
     lines = [f'{report.headline()}, does not fit the backbone ({ours}):']
     lines += [f'- {hint}' for hint in hints]
@@ -274,7 +274,7 @@ def _diagnose(faults: Faults, params: Params, report: Report) -> str:
     return '\n'.join(lines)
 
 
-def _advise_dtype(too_large: Mapping[str, float], params: Params) -> str:
+def advise_dtype(too_large: Mapping[str, float], params: Params) -> str:
     name, value = next(iter(too_large.items()))
     return (
         f'{len(too_large)} parameters would hold more than their dtype can, such '

@@ -10,12 +10,24 @@ from torch import Tensor
 
 from convnext_mm.archs import Decisions
 
-from .convert import check_weight, flatten, is_finite
+from .convert import INSIDE, check_expanded, check_weight, flatten, is_finite
 from .errors import CheckpointMismatchError, quoted, summarise
-from .families import choose, label_leftover, recognise
-from .roadmap import ACTIVATIONS, RESNET, differing, observe, recognise_steps, steps_of
+from .families import Recognised, choose, label_leftover, recognise
+from .fit import adapt_stem, advise_dtype, too_large
+from .layout import STEM
+from .roadmap import (
+    ACTIVATIONS,
+    RESNET,
+    activation_code,
+    differing,
+    observe,
+    read_activations,
+    recognise_steps,
+    steps_of,
+)
 
 State = dict[str, Tensor]
+PARTS = ('stages.', 'downsample_layers.', 'layer')  # ours, and a ResNet's
 
 
 class Backbone(Protocol):
@@ -32,6 +44,7 @@ class StepReport:
 
     family: str
     prefix: str
+    averaged: bool
     used: dict[str, str]
     leftovers: dict[str, list[str]] = field(default_factory=dict)
     not_finite: list[str] = field(default_factory=list)
@@ -41,7 +54,9 @@ class StepReport:
         """Family, step and where it lay, in one line."""
         steps = steps_of(self.seen) if self.seen else []
         where = f', behind {quoted(self.prefix)}' if self.prefix else ''
-        return f'{" or ".join(steps) or "no known step"}, family {self.family}{where}'
+        copy = ' (the averaged copy, EMA)' if self.averaged else ''
+        step = ' or '.join(steps[:2]) or 'no known step'
+        return f'{step}, family {self.family}{where}{copy}'
 
 
 def fit_step(
@@ -64,103 +79,126 @@ def fit_step(
     Raises:
         UnknownCheckpointError: There is no such network, or there are several.
         CheckpointMismatchError: It is that of another step (says which), is not
-            complete, or has other shapes, and the backbone has not
-            ``allow_partial``.
+            complete, has other shapes, or values that the backbone cannot hold, and
+            the backbone has not ``allow_partial``; or it is damaged.
     """
     flat = flatten(tensors)
-    found = recognise_steps(flat)
-    if not found and recognise(flat):
+    networks = recognise_steps(flat)
+    if not networks and recognise(flat):
         raise CheckpointMismatchError(
             "it holds a ConvNeXt, which is step='separate downsampling'; the "
             f'backbone is {_describe(decisions)}'
         )
-    network, _ = choose(found, prefix)
+    found, averaged = choose(networks, prefix)
     report = StepReport(
-        network.family.name,
-        network.prefix,
-        {ours: network.prefix + name for name, ours in network.names.items()},
+        found.family.name,
+        found.prefix,
+        averaged,
+        {ours: found.prefix + name for name, ours in found.names.items()},
     )
-    for key in flat:
-        inner = key[len(network.prefix) :] if key.startswith(network.prefix) else key
-        if key.startswith(network.prefix) and inner in network.names:
-            continue
-        report.leftovers.setdefault(label_leftover(key), []).append(key)
+    report.leftovers = _leftovers(flat, found, networks)
     state = {ours: flat[key] for ours, key in report.used.items()}
-    report.seen = observe(state)
-    if network.family is RESNET and report.seen is not None:
-        report.seen.update(activation='ReLU', num_activations=3)
-    ours = backbone.state_dict()
+    activations = read_activations(state.pop(ACTIVATIONS, None))
+    counts = {n: state.pop(n) for n in list(state) if _is_count(n)}
     for name, tensor in state.items():
-        if not _is_counter(name):
-            check_weight(tensor, report.used[name])
+        check_weight(tensor, report.used[name])
+    check_expanded(state.values())
+    report.seen = observe(state)
+    if report.seen is not None:
+        if found.family is RESNET:
+            activations = (3, 'ReLU')
+        if activations is not None and 'num_activations' not in report.seen:
+            number, kind = activations
+            report.seen.update(num_activations=number, activation=kind)
+    own = backbone.state_dict()
+    params = {n: t for n, t in own.items() if n != ACTIVATIONS and not _is_count(n)}
+    adapt_stem(state, params)
+    unfit = _compare(backbone, decisions, params, state, report)
+    fitted = {n: t for n, t in state.items() if n in params and n not in unfit}
     report.not_finite = [
-        report.used[name]
-        for name, tensor in state.items()
-        if tensor.is_floating_point() and not is_finite(tensor)
+        report.used[name] for name, tensor in fitted.items() if not is_finite(tensor)
     ]
-    unfit = _compare(backbone, decisions, ours, state, report)
-    fitted = {n: t for n, t in state.items() if n in ours and n not in unfit}
-    # Counters say nothing about the network.
-    fitted.update(
-        {
-            name: own
-            for name, own in ours.items()
-            if _is_counter(name) and not _is_alike(fitted.get(name), own)
-        }
-    )
+    fitted[ACTIVATIONS] = activation_code(decisions)
+    for name in filter(_is_count, own):
+        count = counts.get(name)
+        is_whole = count is not None and _is_plain(count, own[name])
+        fitted[name] = counts[name] if is_whole else own[name].new_zeros(())
     return fitted, report
 
 
-def _is_counter(name: str) -> bool:
-    return name == ACTIVATIONS or name.endswith('num_batches_tracked')
+def _leftovers(
+    flat: State, found: Recognised, networks: list[Recognised]
+) -> dict[str, list[str]]:
+    """Kinds to keys that are not the network's."""
+    copies = {n.prefix + name for n in networks if n is not found for name in n.names}
+    leftovers: dict[str, list[str]] = {}
+    for key in flat:
+        inner = key[len(found.prefix) :] if key.startswith(found.prefix) else ''
+        if inner in found.names:
+            continue
+        if key in copies:
+            kind = 'another copy of the network'
+        elif inner.startswith(PARTS):
+            kind = INSIDE
+        else:
+            kind = label_leftover(key)
+        leftovers.setdefault(kind, []).append(key)
+    return leftovers
 
 
-def _is_alike(tensor: Tensor | None, own: Tensor) -> bool:
+def _is_count(name: str) -> bool:
+    return name.endswith('num_batches_tracked')
+
+
+def _is_plain(tensor: Tensor, own: Tensor) -> bool:
     return (
-        tensor is not None
-        and (tensor.shape, tensor.dtype, tensor.layout)
+        (tensor.shape, tensor.dtype, tensor.layout)
         == (own.shape, own.dtype, own.layout)
         and tensor.device.type != 'meta'
+        and not tensor.is_nested
     )
 
 
 def _compare(
     backbone: Backbone,
     decisions: Decisions,
-    ours: Mapping[str, Tensor],
+    params: State,
     state: State,
     report: StepReport,
 ) -> set[str]:
     """Names that do not fit, where that is allowed."""
-    needed = {name for name in ours if not _is_counter(name)}
     given_norms = {name.split('.')[0] for name in state if name.startswith('norm')}
-    needed -= {
-        n for n in needed if n.startswith('norm') and n.split('.')[0] not in given_norms
+    needed = {
+        name
+        for name in params
+        if not name.startswith('norm') or name.split('.')[0] in given_norms
     }
     missing = sorted(needed - state.keys())
-    built = {name.split('.')[1] for name in ours if name.startswith('stages.')}
-    extra = [
+    built = {name.split('.')[1] for name in params if name.startswith('stages.')}
+    extra = report.leftovers.get(INSIDE, []) + [
         name
         for name in state
-        if name not in ours
+        if name not in params
         and not name.startswith('norm')
-        and not _is_counter(name)
         and name.split('.')[1] in built
     ]
     wrong = {
         name
-        for name, own in ours.items()
-        if name in needed and name in state and state[name].shape != own.shape
+        for name in needed & state.keys()
+        if state[name].shape != params[name].shape
     }
+    fitting = {n: t for n, t in state.items() if n in params and n not in wrong}
+    excess = too_large(fitting, params)
     other = differing(report.seen, decisions) if report.seen else {}
     # Not built here, so not asked for.
     if other.get('depths', ())[: len(built)] == decisions.depths[: len(built)]:
         del other['depths']
+    is_silent = report.seen is not None and 'num_activations' not in report.seen
     for name in state:
-        if name not in ours and name.split('.')[0] in ('stages', 'downsample_layers'):
+        if name not in params and not name.startswith('norm') and name not in extra:
             kind = 'stages that the model does not build'
             report.leftovers.setdefault(kind, []).append(report.used[name])
-    if not (missing or extra or wrong or other):
+    if not (missing or extra or wrong or other or excess or is_silent):
         return set()
     lines = [
         f'its weights are those of {report.headline()}; the backbone is '
@@ -173,6 +211,18 @@ def _compare(
             f'- for these weights set {steps[0] if steps else settings}'
             f' (they differ in: {settings})'
         )
+    if is_silent:
+        lines.append(
+            f'- {ACTIVATIONS!r} is missing in the checkpoint, the only thing that '
+            'tells it from another step with the same names and shapes'
+        )
+    if report.family == RESNET.name and STEM not in state:
+        lines.append(
+            '- it is a ResNet whose stem is not one convolution (ResNet-C, -D and '
+            'their like), which no step has'
+        )
+    if excess:
+        lines.append(f'- {advise_dtype(excess, params)}')
     for what, names in (
         ('missing in the checkpoint', missing),
         ('not in the backbone', extra),
@@ -186,7 +236,8 @@ def _compare(
             f'{message}\nNothing was loaded. To load what fits and leave the rest as '
             'it is: allow_partial=True on the backbone'
         )
-    if len(wrong) + len(missing) >= len(needed):
+    unfit = {*wrong, *excess}
+    if len(unfit) + len(missing) >= len(needed):
         raise CheckpointMismatchError(
             f'{message}\nNothing fits, not even with allow_partial'
         )
@@ -195,8 +246,8 @@ def _compare(
         logger='current',
         level=logging.WARNING,
     )
-    return wrong
+    return unfit
 
 
 def _describe(decisions: Decisions) -> str:
-    return ' or '.join(steps_of(decisions._asdict())) or str(decisions)
+    return ' or '.join(steps_of(decisions._asdict())[:2]) or 'one of other decisions'

@@ -10,6 +10,7 @@ import os
 from collections.abc import Mapping
 from typing import Any, Protocol
 
+import torch
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
@@ -174,8 +175,8 @@ class AnyFamily(nn.Module):
                     'it leaves it as it is)'
                 )
             fitted, report = self.fit_checkpoint(part, None)
-        if all(
-            name in fitted and fitted[name].shape == tensor.shape
+        if fitted.keys() <= part.keys() and all(
+            name in fitted and _is_same(tensor, fitted[name])
             for name, tensor in part.items()
         ):
             return  # our own names
@@ -183,6 +184,12 @@ class AnyFamily(nn.Module):
             del state_dict[key]
         state_dict.update({prefix + name: t for name, t in fitted.items()})
         _log_findings('the backbone', report)
+
+
+def _is_same(tensor: Tensor, fitted: Tensor) -> bool:
+    if tensor.shape != fitted.shape or tensor.dtype != fitted.dtype:
+        return False
+    return tensor.is_floating_point() or torch.equal(tensor, fitted)
 
 
 def load_pretrained(
@@ -204,8 +211,10 @@ def load_pretrained(
     with naming(source):
         fitted, report = backbone.fit_checkpoint(checkpoint, prefix)
         places = {**dict(backbone.named_parameters()), **dict(backbone.named_buffers())}
-        places = {n: place for n, place in places.items() if place.is_floating_point()}
-        fill(places, {name: fitted[name] for name in places if name in fitted})
+        floating = {n: p for n, p in places.items() if p.is_floating_point()}
+        fill(floating, {name: fitted[name] for name in floating if name in fitted})
+        for name in places.keys() - floating.keys():  # counters
+            places[name].copy_(fitted[name])
     _log_findings(source, report)
 
 

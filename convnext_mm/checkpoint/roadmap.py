@@ -14,7 +14,7 @@ from torch import Tensor
 
 from convnext_mm.archs import CHOICES, NUM_STAGES, ROADMAP, Decisions
 
-from .errors import UnknownCheckpointError
+from .errors import CheckpointMismatchError, UnknownCheckpointError
 from .families import FAMILIES, Family, Recognised
 from .layout import STEM
 
@@ -24,15 +24,15 @@ ACTIVATIONS = 'activations'
 OWN: Family = FAMILIES[0]._replace(name='convnext_mm', origin='ModernizedResNet')
 RESNET = OWN._replace(name='resnet', origin='torchvision, timm, MMDetection')
 OWN_NAME = re.compile(
-    r'(downsample_layers|stages)\.\d+\.\d+\.[\w.]+|norm[0-3]\.\w+|' + ACTIVATIONS
+    r'(downsample_layers|stages)\.[0-3]\.\d+\.[\w.]+|norm[0-3]\.\w+|' + ACTIVATIONS
 )
 RESNET_NAMES = (
     (re.compile(r'conv1\.(\w+)'), r'downsample_layers.0.0.\1'),
     (re.compile(r'bn1\.(\w+)'), r'downsample_layers.0.1.\1'),
-    (re.compile(r'layer(\d)\.(\d+)\.conv(\d)\.(\w+)'), r'stages.{s}.\2.conv\3.\4'),
-    (re.compile(r'layer(\d)\.(\d+)\.bn(\d)\.(\w+)'), r'stages.{s}.\2.norm\3.\4'),
+    (re.compile(r'layer([1-4])\.(\d+)\.conv(\d)\.(\w+)'), r'stages.{s}.\2.conv\3.\4'),
+    (re.compile(r'layer([1-4])\.(\d+)\.bn(\d)\.(\w+)'), r'stages.{s}.\2.norm\3.\4'),
     (
-        re.compile(r'layer(\d)\.(\d+)\.downsample\.(\d)\.(\w+)'),
+        re.compile(r'layer([1-4])\.(\d+)\.downsample\.(\d)\.(\w+)'),
         r'stages.{s}.\2.shortcut.\3.\4',
     ),
 )
@@ -44,6 +44,28 @@ def activation_code(decisions: Decisions) -> Tensor:
     kinds = CHOICES['activation']
     return torch.tensor(
         [decisions.num_activations, kinds.index(decisions.activation)], device='cpu'
+    )
+
+
+def read_activations(code: Tensor | None) -> tuple[int, str] | None:
+    """Number and kind of activations; None: there is no such code.
+
+    Raises:
+        CheckpointMismatchError: It is none that :func:`activation_code` gives.
+    """
+    if code is None:
+        return None
+    kinds, numbers = CHOICES['activation'], CHOICES['num_activations']
+    if (
+        (code.dtype, code.layout, code.shape) == (torch.int64, torch.strided, (2,))
+        and code.device.type != 'meta'
+        and code.tolist() in [[n, k] for n in numbers for k in range(len(kinds))]
+    ):
+        number, kind = code.tolist()
+        return number, kinds[kind]
+    raise CheckpointMismatchError(
+        f'{ACTIVATIONS!r} in it, which says what its activations are, is damaged: take '
+        'an undamaged checkpoint'
     )
 
 
@@ -106,9 +128,6 @@ def observe(state: Mapping[str, Tensor]) -> dict[str, Any] | None:
             kernel_size=spatial.shape[2],
             num_norms=3 if 'stages.0.0.norm2.weight' in state else 1,
         )
-        if ACTIVATIONS in state:
-            number, kind = state[ACTIVATIONS].tolist()
-            seen.update(num_activations=number, activation=CHOICES['activation'][kind])
     except (KeyError, IndexError, ValueError, TypeError):
         return None
     return seen
@@ -122,15 +141,16 @@ def _depth(state: Mapping[str, Tensor], stage: int) -> int:
 
 def steps_of(seen: Mapping[str, Any]) -> list[str]:
     """The steps that show these decisions, as a message and a config name them;
-    where none does, those of another width or depth. Of networks without their
-    last stages the others count."""
-    by_size: dict[bool, list[str]] = {True: [], False: []}
+    where none does, those of another width, or else of another depth. Of networks
+    without their last stages the others count."""
+    by_likeness: tuple[list[str], ...] = ([], [], [])
     for regime, steps in ROADMAP.items():
         for step, decisions in steps.items():
             other = differing(seen, decisions).keys()
             if other <= {'width', 'depths'}:
-                by_size[not other].append(f'step={step!r}, regime={regime!r}')
-    return by_size[True] or by_size[False]
+                likeness = 2 if 'depths' in other else len(other)
+                by_likeness[likeness].append(f'step={step!r}, regime={regime!r}')
+    return next(filter(None, by_likeness), [])
 
 
 def differing(seen: Mapping[str, Any], decisions: Decisions) -> dict[str, Any]:

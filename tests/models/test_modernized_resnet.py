@@ -351,3 +351,113 @@ def test_files_of_steps(tmp_path):
     damaged = {n: v for n, v in source.state_dict().items() if '.1.conv2' not in n}
     with pytest.raises(CheckpointError, match='missing in the checkpoint'):
         narrow('ReLU to GELU').load_state_dict(damaged)
+
+
+def bad_activations():
+    return {
+        'missing': None,
+        'float': torch.tensor([3.0, 1.0]),
+        'longer': torch.tensor([3, 1, 0]),
+        'of no kind': torch.tensor([3, 7]),
+        'negative': torch.tensor([1, -1]),
+        'two': torch.tensor([2, 0]),
+        'empty': torch.tensor([], dtype=torch.long),
+        'scalar': torch.tensor(3),
+        'expanded': torch.zeros(1, dtype=torch.long).expand(2**31),
+        'meta': torch.empty(2, dtype=torch.long, device='meta'),
+        'sparse': torch.tensor([3, 1]).to_sparse(),
+    }
+
+
+@pytest.mark.parametrize('kind', bad_activations())
+def test_damaged_activations(kind, tmp_path):
+    """What tells steps with the same shapes apart must be there, and whole."""
+    state = narrow('ReLU to GELU').state_dict()
+    code = bad_activations()[kind]
+    del state['activations']
+    if code is not None:
+        state['activations'] = code
+    for step in ('ReLU to GELU', 'fewer activations'):
+        with pytest.raises(CheckpointError, match='activations'):
+            narrow(step).load_state_dict(state)
+        path = tmp_path / 'x.pth'
+        torch.save(state, path)
+        model = narrow(step, init_cfg=dict(type='Pretrained', checkpoint=str(path)))
+        with pytest.raises(CheckpointError, match='activations'):
+            model.init_weights()
+
+
+def test_activations_stay_its_own(tmp_path):
+    """Whatever is loaded partly, and after the meta device."""
+    partly = narrow('fewer activations', allow_partial=True)
+    partly.load_state_dict(narrow('ReLU to GELU', seed=1).state_dict())
+    assert partly.activations.tolist() == [1, 1]
+    assert ModernizedResNet(step='fewer activations', **NARROW).load_state_dict(
+        partly.state_dict()
+    )
+    source = narrow('kernel size 5').train()
+    source(torch.rand(2, 3, 64, 64))
+    path = tmp_path / 'x.pth'
+    torch.save(source.state_dict(), path)
+    with torch.device('meta'):
+        model = ModernizedResNet(step='kernel size 5', **NARROW)
+    model.to_empty(device='cpu')
+    model.init_cfg = dict(type='Pretrained', checkpoint=str(path))
+    model.init_weights()
+    for name, value in source.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value), name
+
+
+def resnet50():
+    torch.manual_seed(0)
+    return torchvision.models.resnet50().state_dict()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('door', ['state dict', 'file'])
+@pytest.mark.parametrize(
+    'change, message',
+    [
+        ({'layer1.0.se.fc1.weight': torch.rand(3, 3, 1, 1)}, 'not in the backbone'),
+        ({'layer2.0.conv2.conv_offset.weight': torch.rand(3)}, 'not in the backbone'),
+        ({'layer5.0.conv1.weight': torch.rand(3)}, 'not in the backbone'),
+        (
+            {'conv1.weight': torch.ones(64, 3, 7, 7).double() * 1e300},
+            'than their dtype',
+        ),
+        ({'conv1.weight': None}, 'stem is not one convolution'),
+        ({'layer1.0.bn1.running_var': None}, 'running_var'),
+        ({'layer3.2.conv1.weight': torch.zeros(1).expand(2**34, 1, 1, 1)}, 'expanded'),
+        ({'layer3.2.conv1.weight': torch.zeros(256, 1024, 1, 1).int()}, 'int32'),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else '',
+)
+def test_other_resnets(change, message, door, tmp_path):
+    state = {**resnet50(), **change}
+    state = {name: value for name, value in state.items() if value is not None}
+    path = tmp_path / 'x.pth'
+    torch.save(state, path)
+    pretrained = dict(type='Pretrained', checkpoint=str(path))
+    model = ModernizedResNet(step='resnet', init_cfg=pretrained)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(CheckpointError, match=message):
+        model.load_state_dict(state) if door == 'state dict' else model.init_weights()
+    assert all(torch.equal(v, before[n]) for n, v in model.state_dict().items())
+
+
+@pytest.mark.slow
+def test_resnet_with_other_channels_and_copies(tmp_path, caplog):
+    """The stem adapts as ConvNeXt's does; an averaged copy is preferred."""
+    state = resnet50()
+    model = ModernizedResNet(step='resnet', in_channels=1)
+    model.load_state_dict(state)
+    expected = state['conv1.weight'].mean(1, keepdim=True) * 3
+    torch.testing.assert_close(model.downsample_layers[0][0].weight, expected)
+    averaged = {name: value + 1 for name, value in state.items()}
+    path = tmp_path / 'x.pth'
+    torch.save(dict(model=state, model_ema=averaged), path)
+    model = ModernizedResNet(
+        step='resnet', init_cfg=dict(type='Pretrained', checkpoint=str(path))
+    )
+    model.init_weights()
+    assert torch.equal(model.downsample_layers[0][0].weight, averaged['conv1.weight'])
