@@ -17,7 +17,7 @@ from mmengine.registry import Registry
 from mmengine.runner import FlexibleRunner, Runner
 
 from convnext_mm.engine.errors import ConfigError
-from convnext_mm.models import StagedBackbone
+from convnext_mm.models import SimplePyramid, StagedBackbone
 
 CONFIG_SUFFIXES = ('.py', '.yaml', '.yml', '.json')
 CHECKPOINT_SUFFIXES = ('.pth', '.pt', '.ckpt', '.bin', '.pkl', '.safetensors')
@@ -118,6 +118,7 @@ MAP_FOR_EACH = {
 INDEXED = {'BaseDecodeHead', 'LinearClsHead'}
 # Necks between which and the backbone's maps nothing changes but their size.
 POOLING = {'GlobalAveragePooling'}
+PYRAMID = 'SimplePyramid'  # what follows it gets four maps
 
 
 class _Block(NamedTuple):
@@ -206,17 +207,15 @@ def follow_backbone(cfg: Config) -> None:
     """
     scope = cfg.get('default_scope') or 'mmengine'
     for block in list(_blocks(cfg.get('model'), 'model', scope)):
-        channels = _out_channels(block)
-        for name, reader in _readers(block) if channels else ():
-            problem = _misfit(reader, _bases(_class(reader, scope)), channels)
-            if problem and problem[0] != 'in_index':
-                setting, right = problem
-                print_log(
-                    f'{name}.{setting}={right}, as {block.place}.backbone emits it '
-                    f'(not {reader[setting]})',
-                    logger='current',
-                )
-                reader[setting] = right
+        for name, reader, setting, right in _misfits(block):
+            if setting == 'in_index':
+                continue  # which maps to read is not ours to say
+            print_log(
+                f'{name}.{setting}={right}, as {block.place}.backbone emits it '
+                f'(not {reader[setting]})',
+                logger='current',
+            )
+            reader[setting] = right
 
 
 def _check_keys(cfg: Config) -> None:
@@ -371,16 +370,23 @@ def _class(settings: Any, scope: str) -> Any:
 
 def _check_backbone(block: _Block) -> None:
     """That what reads the maps of our backbone takes them."""
+    for name, reader, setting, right in _misfits(block):
+        raise ConfigError(
+            f'{name}.{setting}={reader.get(setting)} does not fit '
+            f'{block.place}.backbone, which gives maps of {_out_channels(block)} '
+            f'channels: it must be {right}'
+        )
+
+
+def _misfits(block: _Block) -> Iterator[tuple[str, dict, str, Any]]:
+    """Place and settings of each reader of the maps, a setting that does not fit
+    them, and what it must be. Who sets it right gets the next."""
     channels = _out_channels(block)
-    for name, reader in _readers(block) if channels else ():
-        problem = _misfit(reader, _bases(_class(reader, block.scope)), channels)
-        if problem:
-            setting, right = problem
-            raise ConfigError(
-                f'{name}.{setting}={reader.get(setting)} does not fit '
-                f'{block.place}.backbone, which gives maps of {channels} channels: '
-                f'it must be {right}'
-            )
+    for name, reader, given in _readers(block, channels) if channels else ():
+        bases, seen = _bases(_class(reader, block.scope)), set()
+        while (problem := _misfit(reader, bases, given)) and problem[0] not in seen:
+            seen.add(problem[0])
+            yield (name, reader, *problem)
 
 
 def _out_channels(block: _Block) -> list[int]:
@@ -418,25 +424,31 @@ def _bases(kind: Any) -> set[str]:
     return {base.__name__ for base in getattr(kind, '__mro__', ())}
 
 
-def _readers(block: _Block) -> Iterator[tuple[str, dict]]:
-    """Places and settings of what gets the maps of a backbone: its neck, or the
-    heads."""
+def _readers(
+    block: _Block, channels: list[int]
+) -> Iterator[tuple[str, dict, list[int]]]:
+    """Places and settings of what gets the maps of a backbone, its neck or the
+    heads, and the channels of those maps."""
     place, content, scope = block
-    neck, name = content.get('neck'), f'{place}.neck'
-    if neck and isinstance(neck, (list, tuple)):
-        neck, name = neck[0], f'{name}.0'
-    if isinstance(neck, dict) and not _bases(_class(neck, scope)) & POOLING:
-        yield name, neck
-        return
+    neck: Any = content.get('neck')
+    several = isinstance(neck, (list, tuple))
+    for number, part in enumerate(neck if several else [neck]):
+        bases = _bases(_class(part, scope))
+        if not isinstance(part, dict) or bases & POOLING:
+            break
+        yield f'{place}.neck.{number}' if several else f'{place}.neck', part, channels
+        if PYRAMID not in bases or len(channels) != 1:
+            return
+        channels = [*SimplePyramid.channels_of(channels[0])]
     for key, head in content.items():
         if not str(key).endswith('head'):
             continue
         if isinstance(head, dict):
-            yield f'{place}.{key}', head
+            yield f'{place}.{key}', head, channels
         elif isinstance(head, (list, tuple)):  # a cascade
             for number, stage in enumerate(head):
                 if isinstance(stage, dict):
-                    yield f'{place}.{key}.{number}', stage
+                    yield f'{place}.{key}.{number}', stage, channels
 
 
 def _misfit(
@@ -447,6 +459,9 @@ def _misfit(
     given: Any = reader.get('in_channels')
     index: Any = reader.get('in_index', -1)
     several = isinstance(given, (list, tuple))
+    if PYRAMID in bases:
+        fits = given in (channels[0], [channels[0]], (channels[0],))
+        return None if fits else ('in_channels', channels[0])
     if bases & MAP_FOR_EACH:
         return ('in_channels', channels) if several and [*given] != channels else None
     if given is None or not bases & INDEXED:

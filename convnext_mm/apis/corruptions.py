@@ -6,6 +6,7 @@ import hashlib
 import importlib.metadata
 import json
 import math
+import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 from mmengine.config import Config
+from mmengine.dataset import BaseDataset
 from mmengine.dist import broadcast_object_list, is_main_process
 from mmengine.logging import print_log
 from mmengine.runner import BaseLoop, Runner
@@ -27,11 +29,13 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from torch.utils.data import Dataset
 
 from convnext_mm.analysis.machine import machine, versions
 from convnext_mm.checkpoint.remote import fetch
 from convnext_mm.checkpoint.write import write_text
 from convnext_mm.datasets.corruptions import NAMES, Corrupt, check_corruption, insert
+from convnext_mm.datasets.data_check import leaves
 from convnext_mm.datasets.errors import DataError, short
 from convnext_mm.datasets.imagenet_sets import SEVERITIES
 from convnext_mm.engine.errors import ConfigError
@@ -99,7 +103,8 @@ def test_corruptions(
     cfg.test_dataloader.persistent_workers = False
     file = Path(cfg.work_dir, RESULT)
     with running(cfg) as runner:
-        settings = settings_of(cfg, checkpoint, deploy, bool(options.get('tta')))
+        data = fingerprint(runner.test_loop.dataloader.dataset)
+        settings = settings_of(cfg, checkpoint, deploy, bool(options.get('tta')), data)
         known, starts = _known(file, settings)
         result: dict[str, Any] = dict(model=model, settings=settings, starts=starts)
         missing = [cell for cell in (CLEAN, *cells) if cell not in known]
@@ -156,7 +161,7 @@ def cells_of(corruptions: Sequence[str], severities: Sequence[int]) -> list[Cell
 
 
 def settings_of(
-    cfg: Config, checkpoint: str, deploy: bool, tta: bool
+    cfg: Config, checkpoint: str, deploy: bool, tta: bool, data: str
 ) -> dict[str, str]:
     """What results depend on, dotted names to text."""
     with open(fetch(checkpoint), 'rb') as file:
@@ -172,10 +177,30 @@ def settings_of(
             model=cfg.model,
             data_preprocessor=cfg.get('data_preprocessor'),
             dataset=cfg.test_dataloader.dataset,
+            data=data,
             evaluator=cfg.test_evaluator,
             test_cfg=cfg.test_cfg,
         )
     )
+
+
+def fingerprint(dataset: Dataset) -> str:
+    """Of names and sizes of the images, and of the annotations, of a data set: other
+    files in the same folder are other data."""
+    digest = hashlib.sha256()
+    for leaf in leaves(dataset):
+        if not isinstance(leaf, BaseDataset):
+            continue
+        leaf.full_init()
+        for index in range(len(leaf)):
+            info = leaf.get_data_info(index)
+            for key in ('img_path', 'seg_map_path'):
+                if info.get(key) and os.path.isfile(info[key]):
+                    size = os.path.getsize(info[key])
+                    digest.update(f'{os.path.basename(info[key])} {size}\n'.encode())
+        if leaf.ann_file and os.path.isfile(leaf.ann_file):
+            digest.update(Path(leaf.ann_file).read_bytes())
+    return digest.hexdigest()
 
 
 def _package() -> str:
@@ -212,7 +237,10 @@ def _read(file: Path, settings: dict[str, str]) -> tuple[dict[Cell, Metrics], li
         known = {
             (cell['corruption'], cell['severity']): cell['metrics']
             for cell in content['cells']
+            if _is_whole(cell['metrics'])
         }
+        if not isinstance(before, dict) or not isinstance(starts, list):
+            raise TypeError('settings or starts are of another kind')
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f'{str(file)!r} is no result of --corruptions '
@@ -228,6 +256,18 @@ def _read(file: Path, settings: dict[str, str]) -> tuple[dict[Cell, Metrics], li
             f'({short(differing, 3)}): {advice}'
         )
     return known, starts
+
+
+def _is_whole(metrics: Any) -> bool:
+    """Whether a cell has a result; else it is measured again."""
+    return (
+        isinstance(metrics, dict)
+        and bool(metrics)
+        and all(
+            isinstance(value, (int, float)) and math.isfinite(value)
+            for value in metrics.values()
+        )
+    )
 
 
 def _write(file: Path, result: dict[str, Any], known: dict[Cell, Metrics]) -> None:

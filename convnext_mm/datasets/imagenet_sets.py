@@ -214,11 +214,12 @@ class ImageNetCorrupted(_OfImageNet):
                 )
             corruptions = CORRUPTIONS[corruptions]
         self.corruptions, self.severities = tuple(corruptions), tuple(severities)
-        strange = [s for s in self.severities if s not in SEVERITIES]
+        strange: list[Any] = [s for s in self.severities if s not in SEVERITIES]
+        strange += [c for c in self.corruptions if not isinstance(c, str)]
         if strange or not self.corruptions or not self.severities:
             raise DataError(
                 f'severities={self.severities} of {self.corruptions}: give one or '
-                f'several of {SEVERITIES}, and at least one corruption'
+                f'several of {SEVERITIES}, and at least one corruption by its name'
             )
         super().__init__(**kwargs)
 

@@ -39,6 +39,13 @@ def integer(name: str, value: int, lowest: int, highest: int | None = None) -> i
     return int(value)
 
 
+def flag(name: str, value: bool) -> bool:
+    """True or False, and no word that would count as True."""
+    if not isinstance(value, bool):
+        raise TypeError(f'{name} must be True or False, got {value!r}')
+    return value
+
+
 def one_of(name: str, value: str, allowed: Collection[str]) -> str:
     """One of some names."""
     if value not in allowed:

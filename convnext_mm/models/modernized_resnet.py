@@ -16,11 +16,12 @@ from convnext_mm.checkpoint.load import Fitted
 from convnext_mm.checkpoint.roadmap import ACTIVATIONS, activation_code
 from convnext_mm.registry import MODELS, register
 
-from .arguments import check_numbers, integer, number, one_of
+from .arguments import check_numbers, flag, integer, number, one_of
 from .backbone import StagedBackbone
 from .block import IMPL_NAMES, Block, Downsample, LayerNorm2d, sample_drop_scale
 
 EPS = 1e-6  # of every LayerNorm
+MAX_WIDTH = 2**16
 EXPANSION = 4  # of the wide side of a bottleneck over the other
 CONVNEXT_BLOCK = Decisions(
     depths=(),
@@ -170,8 +171,11 @@ class ModernizedResNet(StagedBackbone):
             init_cfg,
         )
         self.decisions, self.widths = decisions, widths
-        self.norm_eval = norm_eval
-        self.with_cp, self.impl = with_cp, one_of('impl', impl, IMPL_NAMES)
+        self.norm_eval = flag('norm_eval', norm_eval)
+        self.with_cp, self.impl = (
+            flag('with_cp', with_cp),
+            one_of('impl', impl, IMPL_NAMES),
+        )
         # ConvNeXt's block, with its kernels and names, if that is what was decided.
         self.is_convnext = (
             decisions._replace(depths=(), width=0, kernel_size=0) == CONVNEXT_BLOCK
@@ -182,7 +186,7 @@ class ModernizedResNet(StagedBackbone):
             self.register_buffer(ACTIVATIONS, activation_code(decisions))
         if out_norm is None:
             out_norm = decisions.separate_downsampling
-        self._build(drop_path_rate, out_norm)
+        self._build(drop_path_rate, flag('out_norm', out_norm))
 
     def train(self, mode: bool = True) -> 'ModernizedResNet':
         super().train(mode)
@@ -391,7 +395,9 @@ def decide(regime: str, step: str, **given: Any) -> Decisions:
     decisions = steps[_named('step', step, steps)]
     for name, allowed in CHOICES.items():
         value = given[name]
-        if value is not None and not any(value is a or value == a for a in allowed):
+        # True is 1, and 1.0 is, too.
+        known = [(type(a), a) for a in allowed]
+        if value is not None and (type(value), value) not in known:
             raise ValueError(f'{name} must be one of {allowed}, got {value!r}')
     if given['depths'] is not None:
         depths = given['depths']
@@ -413,13 +419,13 @@ def decide(regime: str, step: str, **given: Any) -> Decisions:
 
 
 def _scaled(width: int, multiplier: float) -> int:
-    scaled = round(width * number('width_multiplier', multiplier))
-    if scaled < 1:
+    scaled = width * number('width_multiplier', multiplier)
+    if not 1 <= round(scaled) <= MAX_WIDTH:
         raise ValueError(
-            f'width_multiplier={multiplier!r} leaves no channel of {width}: take a '
-            'larger one'
+            f'width_multiplier={multiplier!r} makes {scaled:.3g} channels of {width}: '
+            f'the stem needs 1 to {MAX_WIDTH}'
         )
-    return scaled
+    return round(scaled)
 
 
 def _named(what: str, value: Any, allowed: Any) -> str:

@@ -42,7 +42,7 @@ class SimplePyramid(BaseModule):
                 f'{in_channels!r}'
             )
         c = integer('in_channels', in_channels, 4)
-        self.out_channels = (c // 4, c // 2, c, c)
+        self.out_channels = self.channels_of(c)
         self.up4 = nn.Sequential(
             nn.ConvTranspose2d(c, c // 2, 2, 2),
             LayerNorm2d(c // 2),
@@ -52,15 +52,25 @@ class SimplePyramid(BaseModule):
         self.up2 = nn.ConvTranspose2d(c, c // 2, 2, 2)
         self.down2 = nn.MaxPool2d(2, 2)
 
+    @staticmethod
+    def channels_of(in_channels: int) -> tuple[int, ...]:
+        """Of the four maps."""
+        return in_channels // 4, in_channels // 2, in_channels, in_channels
+
     def forward(self, maps: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """One (N, C, H, W) to (N, C / 4, 4 H, 4 W), (N, C / 2, 2 H, 2 W),
         (N, C, H, W) and (N, C, H / 2, W / 2).
 
         Raises:
-            ValueError: There are several maps.
+            ValueError: There are several maps, or it is of one row or column.
         """
-        if len(maps) != 1:
-            raise ValueError(f'SimplePyramid takes one map, got {len(maps)}')
+        if isinstance(maps, Tensor) or len(maps) != 1:
+            raise ValueError(f'SimplePyramid takes a list of one map, got {len(maps)}')
+        if min(maps[0].shape[2:]) < 2:
+            raise ValueError(
+                f'SimplePyramid halves a map of at least 2 x 2, got '
+                f'{tuple(maps[0].shape[2:])}: take larger images'
+            )
         (x,) = maps
         return tuple(
             y.contiguous() for y in (self.up4(x), self.up2(x), x, self.down2(x))

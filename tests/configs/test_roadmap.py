@@ -151,6 +151,44 @@ def test_options_about_readers_count():
 
 
 @pytest.mark.parametrize(
+    'path, readers',
+    [
+        (
+            'configs/isotropic/mask-rcnn_convnext-iso-s_fpn_8xb2-amp-ms-crop-3x_coco.py',
+            {'neck.0.in_channels': 768, 'neck.1.in_channels': [192, 384, 768, 768]},
+        ),
+        (
+            'configs/isotropic/convnext-iso-small_upernet_8xb2-amp-160k_ade20k-512x512.py',
+            {
+                'neck.in_channels': 768,
+                'decode_head.in_channels': [192, 384, 768, 768],
+                'auxiliary_head.in_channels': 768,
+            },
+        ),
+        (
+            'configs/custom/deeplabv3plus_convnext-t-d16_4xb4-160k_ade20k-512x512.py',
+            {'decode_head.in_channels': 1024, 'decode_head.c1_in_channels': 128},
+        ),
+    ],
+    ids=['pyramid and FPN', 'pyramid and heads', 'two settings of a head'],
+)
+def test_readers_of_a_larger_arch(path, readers):
+    small = load_config(path)
+    check_config(small, 'train')
+    cfg = load_config(path, cfg_options={'model.backbone.arch': 'base'})
+    check_config(cfg, 'train')
+    count(build_model(cfg), (64, 64))
+    for place, right in readers.items():
+        value = cfg.model
+        for key in place.split('.'):
+            value = value[int(key)] if key.isdigit() else value[key]
+        assert value == right
+    small.merge_from_dict({'model.backbone.arch': 'base'})
+    with pytest.raises(ConfigError, match='does not fit model.backbone'):
+        check_config(small, 'train')
+
+
+@pytest.mark.parametrize(
     'options, message',
     [
         ({'step': 'patchify'}, "no step 'patchify'; did you mean 'patchify stem'"),

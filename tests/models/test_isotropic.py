@@ -186,8 +186,11 @@ def test_pyramid():
     shapes = [(2, 6, 24, 20), (2, 12, 12, 10), (2, 24, 6, 5), (2, 24, 3, 2)]
     assert [tuple(m.shape) for m in maps] == shapes
     assert neck.out_channels == (6, 12, 24, 24)
-    with pytest.raises(ValueError, match='one map, got 2'):
-        neck([maps[2], maps[2]])
+    for wrong in ([maps[2], maps[2]], maps[2]):
+        with pytest.raises(ValueError, match='one map, got 2'):
+            neck(wrong)
+    with pytest.raises(ValueError, match=r'at least 2 x 2, got \(1, 5\)'):
+        neck([torch.rand(1, 24, 1, 5)])
     for wrong in (0, 6, 'x', [24, 24]):
         with pytest.raises(ValueError, match='in_channels must be'):
             SimplePyramid(wrong)

@@ -92,6 +92,8 @@ class Running:
             raise ConfigError('--clock cpu needs --threads 1 and --device cpu')
         if self.rounds < 2:
             raise ConfigError(f'--rounds must be at least 2, not {self.rounds}')
+        if self.threads < 1:
+            raise ConfigError(f'--threads must be at least 1, not {self.threads}')
         if self.device == 'cuda' and not torch.cuda.is_available():
             raise ConfigError('--device cuda: PyTorch sees no GPU here; leave it out')
         if self.warmup < 0:

@@ -8,6 +8,7 @@ import dataclasses
 import gc
 import importlib
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedCo
 
 from convnext_mm.analysis.machine import machine, versions
 from convnext_mm.analysis.meter import Meter, Step, own_bytes
+from convnext_mm.checkpoint.write import write_text
 from convnext_mm.engine.errors import ConfigError
 from convnext_mm.version import __version__
 
@@ -545,10 +547,10 @@ def run_paper(settings: PaperSettings, out: Path, command: str) -> dict:
     result = _begun(settings, out)
     if command not in result['commands']:
         result['commands'].append(command)
-    done = {
-        (row['row'], row['quantity'], row['batch'], row['dtype'])
-        for row in result['rows']
-    }
+    # What failed is tried again, together with what took turns with it.
+    again = {_key(row) for row in result['rows'] if not _is_whole(row)}
+    result['rows'] = [row for row in result['rows'] if _key(row) not in again]
+    done = {_key(row) for row in result['rows']}
     todo = []
     for case in settings.cases():
         key = (case.title, case.quantity, case.batch)
@@ -567,10 +569,22 @@ def run_paper(settings: PaperSettings, out: Path, command: str) -> dict:
             progress.update(task, description=f'{case.block}: {case.title}')
             for rows in bench.rows(case):
                 result['rows'] += rows
-                _write(result, out)
+                write_text(out, json.dumps(result, indent=1) + '\n')
                 progress.advance(task)
             _free()
     return result
+
+
+def _key(row: dict[str, Any]) -> tuple:
+    return row['row'], row['quantity'], row['batch'], row['dtype']
+
+
+def _is_whole(row: dict[str, Any]) -> bool:
+    """Whether it has its figure, or a reason for none that stays."""
+    if 'status' in row:
+        return row['status'] in (NOT_MEASURABLE, NOT_INSTALLED, OUT_OF_MEMORY)
+    value = row.get(row['quantity'])
+    return isinstance(value, (int, float)) and math.isfinite(value)
 
 
 def _begun(settings: PaperSettings, out: Path) -> dict[str, Any]:
@@ -597,9 +611,14 @@ def _begun(settings: PaperSettings, out: Path) -> dict[str, Any]:
         return facts
     try:
         result = json.loads(out.read_text())
-    except ValueError:
-        result = None
-    if not isinstance(result, dict) or result.get('kind') != published.PAPER_KIND:
+        is_ours = (
+            result['kind'] == published.PAPER_KIND
+            and all(isinstance(result[part], type(facts[part])) for part in facts)
+            and all(_key(row) and row['network'] for row in result['rows'])
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        is_ours = False
+    if not is_ours:
         raise ConfigError(
             f'--out {out}: the file exists and holds no tables of --paper; name '
             'another, or delete it'
@@ -614,10 +633,3 @@ def _begun(settings: PaperSettings, out: Path) -> dict[str, Any]:
                     'table: name another file, or delete it to measure anew'
                 )
     return result
-
-
-def _write(result: dict, out: Path) -> None:
-    """Whole, or not at all."""
-    part = out.with_name(out.name + '.part')
-    part.write_text(json.dumps(result, indent=1) + '\n')
-    part.replace(out)

@@ -53,6 +53,8 @@ def read_panels(paths: Sequence[str]) -> dict[tuple[str, str, str], list[Bar]]:
     for path in paths:
         try:
             result = json.loads(Path(path).read_text())
+        except OSError as error:
+            raise ValueError(f'{path} cannot be read: {error.strerror}') from error
         except ValueError:
             result = None
         if not isinstance(result, dict) or 'rows' not in result:
