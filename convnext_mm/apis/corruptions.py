@@ -43,7 +43,13 @@ from convnext_mm.engine.launch import running
 from convnext_mm.engine.settings import changes, flatten
 
 from .config_check import check_paths
-from .test import OF_EVALUATORS, load_released_classifier, prepare, switch_to_deploy
+from .test import (
+    OF_EVALUATORS,
+    load_released_classifier,
+    look_for_data,
+    prepare,
+    switch_to_deploy,
+)
 from .zoo import resolve
 
 RESULT, PICTURE = 'corruptions.json', 'corruptions.png'
@@ -97,6 +103,7 @@ def test_corruptions(
     cells = cells_of(corruptions, severities)
     corrupt = Corrupt()
     check_paths(model, checkpoint)
+    look_for_data(model, checkpoint, options)
     config, checkpoint, _ = resolve(model, checkpoint)
     cfg = prepare(config, checkpoint, **options)
     # Workers that stay would go on with the corruption they started with.

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+from collections.abc import Mapping
 from typing import Any
 
 from mmengine.config import Config
@@ -19,7 +20,7 @@ from convnext_mm.models import ReleasedClassifierInit, StagedBackbone
 
 from .config import load_config
 from .config_check import check_config, check_paths
-from .zoo import Model, resolve
+from .zoo import Model, find, resolve
 
 # Of the metafiles, to those of the evaluators: name, what makes it percent, and
 # whether it is over scales and flips.
@@ -103,6 +104,7 @@ def test(
     if out and not out.endswith(('.pkl', '.pickle')):
         raise ConfigError(f'--out must end in .pkl or .pickle, got {out}')
     check_paths(model, checkpoint)
+    look_for_data(model, checkpoint, options)
     config, checkpoint, known = resolve(model, checkpoint)
     cfg = prepare(config, checkpoint, **options)
     with running(cfg) as runner:
@@ -119,6 +121,25 @@ def test(
     if known is not None and is_main_process():
         compare(metrics, known, bool(options.get('tta')))
     return metrics
+
+
+def look_for_data(
+    model: str, checkpoint: str | None, options: Mapping[str, Any]
+) -> None:
+    """Before weights of hundreds of megabytes are fetched.
+
+    Args:
+        model, checkpoint: Of :func:`convnext_mm.apis.zoo.resolve`.
+        options: Of :func:`prepare`.
+
+    Raises:
+        DataError: The data of a trained model's test is missing.
+    """
+    known = None if os.path.exists(model) or checkpoint else find(model)
+    if known is not None and known.weights and known.cached is None:
+        named = ('work_dir', 'cfg_options', 'data_root', 'launcher')
+        loading = {name: options[name] for name in named if name in options}
+        check_data(load_config(model, **loading), ['test_dataloader'])
 
 
 def compare(metrics: dict[str, float], model: Model, tta: bool = False) -> None:

@@ -491,7 +491,7 @@ Examples:
     help='Of the images that are measured with.  [default: 224 224]',
 )
 @click.option('--batch', type=int, help='Of them, for times.  [default: 1]')
-@click.option('--rounds', type=int, help='Measured rounds.  [default: 5]')
+@click.option('--rounds', type=int, help='Measured rounds, at least 2.  [default: 5]')
 @click.option('--device', type=click.Choice(['cpu', 'cuda']), help='[default: cpu]')
 @click.option(
     '--clock',

@@ -131,7 +131,8 @@ def _samples(parent: str, labels: dict[str, int], **more: Any) -> list[dict]:
     if missing:
         raise DataError(
             f'{parent!r} lacks {len(missing)} of {len(labels)} class folders, the '
-            f'first is {missing[0]!r}: unpack the data again'
+            f'first is {missing[0]!r}: unpack the data there, or say where it is with '
+            '--data-root DIR'
         )
     samples, empty = [], []
     for wnid, label in labels.items():

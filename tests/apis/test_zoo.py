@@ -16,6 +16,7 @@ from convnext_mm.apis import zoo
 from convnext_mm.checkpoint import CheckpointDownloadError, CheckpointError
 from convnext_mm.checkpoint.remote import cache_path
 from convnext_mm.cli import main
+from convnext_mm.datasets.errors import DataError
 from convnext_mm.engine.errors import ConfigError
 from recipe_models import model_of
 from repo import ROOT
@@ -234,3 +235,19 @@ def test_command(capsys):
         main(['zoo', 'upernet_convnet-t'])
     with pytest.raises(SystemExit, match='nothing like that'):
         main(['zoo', '--trained', '--arch', 'atto'])
+
+
+@pytest.mark.parametrize('corruptions', [(), ('fog',)])
+def test_missing_data_before_weights_are_fetched(corruptions, tmp_path, monkeypatch):
+    """Hundreds of megabytes for an evaluation that cannot start."""
+    from convnext_mm.apis.corruptions import test_corruptions
+    from convnext_mm.apis.test import test
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv('CONVNEXT_MM_CACHE', str(tmp_path / 'cache'))
+    monkeypatch.setattr(zoo.Model, 'fetch', lambda model: pytest.fail('fetched'))
+    with pytest.raises(DataError, match='instances_val2017.json'):
+        if corruptions:
+            test_corruptions('mask-rcnn_convnext-t', corruptions=corruptions)
+        else:
+            test('mask-rcnn_convnext-t')
