@@ -71,7 +71,7 @@ def test_names_are_taken_as_they_are_meant():
         (dict(regime=['resnet5']), "--regime 'resnet5': .* did you mean 'resnet50'"),
         (dict(size=(32, 224)), '--size 32 224: .* at least 64'),
         (dict(batch=0), '--batch 0 must be at least 1'),
-        (dict(threads=0), '--threads 0 must be at least 1'),
+        (dict(threads=0), '--threads must be at least 1, not 0'),
         (dict(rounds=1), '--rounds must be at least 2, not 1'),
         (dict(clock='cpu', threads=2), '--clock cpu needs --threads 1'),
     ],

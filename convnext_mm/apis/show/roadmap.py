@@ -107,8 +107,6 @@ class RoadmapSettings(Running):
             )
         if self.batch < 1:
             raise ConfigError(f'--batch {self.batch} must be at least 1')
-        if self.threads < 1:
-            raise ConfigError(f'--threads {self.threads} must be at least 1')
 
 
 def conditions(settings: RoadmapSettings) -> str:
