@@ -19,6 +19,7 @@ PASSES = dict(infer=1, train=3)
 STEM_PASSES = dict(infer=1, train=2)
 # Side of the square matrices whose product shows the rate.
 MATRIX_SIZE = dict(cpu=2048, cuda=8192)
+SLOW_MATRIX_SIZE = 256  # of dtypes that a CPU has no units for: a hundred times slower
 COPY_VALUES = dict(cpu=2**26, cuda=2**30)
 
 
@@ -83,6 +84,8 @@ class Rates:
         PyTorch's choice and oneDNN, which the fused block calls."""
         if dtype not in self._matrix:
             n = MATRIX_SIZE[self.device]
+            if self.device == 'cpu' and not onednn_multiplies(dtype):
+                n = SLOW_MATRIX_SIZE
             a = torch.rand(n, n, device=self.device).to(dtype)
             products = ['a @ a']
             if (
