@@ -1,5 +1,6 @@
 """What all backbones of this package have in common: stages, and maps from them."""
 
+from abc import abstractmethod
 from collections.abc import Sequence
 
 import torch
@@ -73,17 +74,17 @@ class StagedBackbone(AnyFamily, BaseModule):
         self.allow_partial = allow_partial
         self.deployed = False
 
+    @abstractmethod
     def _downsample_layer(self, stage: int) -> nn.Module:
         """The stem, or what halves the map before a later stage."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _block(self, stage: int, index: int, drop_path: float) -> nn.Module:
         """A block of a stage; ``drop_path`` is the chance that it is skipped."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _out_norm(self, channels: int) -> nn.Module:
         """The norm of an emitted map."""
-        raise NotImplementedError
 
     def _build(self, drop_path_rate: float, out_norm: bool) -> None:
         check_drop_path_rate(drop_path_rate)

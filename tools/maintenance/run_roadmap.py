@@ -1,7 +1,7 @@
 """Trains every network on the road from ResNet-50 to ConvNeXt-T, a quarter as wide,
 on drawn shapes, with several seeds, and writes each run's mIoU to one json file, from
 which a second start goes on; then prints mean and spread of each step, and with --plot
-draws them. About an hour on two idle cores:
+draws them. About an hour on two cores:
 
     python tools/maintenance/run_roadmap.py --out benchmarks/roadmap_shapes.json
 """
