@@ -294,7 +294,7 @@ def install(choices: dict[str, str]) -> None:
     pip_install(
         choices,
         *('torch', 'torchvision'),
-        *('--editable', f'{ROOT}[det,seg,hub,parity,dev]'),
+        *('--editable', f'{ROOT}[det,seg,hub,export,docs,parity,dev]'),
     )
     step('4/4 OpenCV without a display, and a last look', 15)
     # mmseg needs opencv-python, others opencv-python-headless; both write cv2/, and
