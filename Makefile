@@ -9,7 +9,7 @@ ROOMS := $(filter-out tests/configs tests/tools tests/data tests/helpers tests/c
 # Of the tests. Each computes in one thread.
 JOBS ?= 2
 
-.PHONY: help setup demo demo-long demo-seg test check lint format clean
+.PHONY: help setup demo demo-long demo-seg test check lint docs format clean
 
 help:
 	@echo "make demo   set up, train a small Mask R-CNN on drawn shapes, show what it finds: 5 minutes"
@@ -19,8 +19,9 @@ help:
 	@echo "make setup  only make .venv with everything in it (TORCH=2.11: older versions)"
 	@echo "make check  lint, types and quick tests of every module: under 90 seconds"
 	@echo "make lint   check style and types"
+	@echo "make docs   build the documentation into site/, look at it in Chromium"
 	@echo "make format let ruff write the style"
-	@echo "make clean  delete .venv, .venv-*, data/shapes and work_dirs"
+	@echo "make clean  delete .venv, .venv-*, data/shapes, site and work_dirs"
 
 setup:
 	@$(PYTHON) tools/setup_env.py
@@ -48,9 +49,13 @@ lint: setup
 	@$(RUN) -m ruff format --check .
 	@$(RUN) -m mypy
 
+docs: setup
+	@NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
+	@$(RUN) tools/maintenance/check_site.py site
+
 format: setup
 	@$(RUN) -m ruff check --fix .
 	@$(RUN) -m ruff format .
 
 clean:
-	rm -rf .venv .venv-* data/shapes work_dirs
+	rm -rf .venv .venv-* data/shapes site work_dirs

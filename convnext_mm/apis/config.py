@@ -21,7 +21,7 @@ from convnext_mm.datasets.errors import DataError
 from convnext_mm.datasets.worker_failures import explain_runtime_failure
 from convnext_mm.engine import supervision
 from convnext_mm.engine.agreement import Interrupted
-from convnext_mm.engine.errors import ConfigError, TrainingError
+from convnext_mm.engine.errors import ConfigError, TrainingError, address_of
 
 from .config_check import follow_backbone
 from .quiet import quiet
@@ -129,7 +129,8 @@ def _replace_prefix(node: Any, old: str, new: str) -> Any:
 
 @contextlib.contextmanager
 def short_errors() -> Iterator[None]:
-    """The door of every program: whatever goes wrong in it ends with one sentence.
+    """The door of every program: whatever goes wrong in it ends with one sentence,
+    and a line with the place where it is explained.
     The traceback of what is nobody's fault but the program's is in the log, or,
     before there is one, printed."""
     supervision.announce()
@@ -137,7 +138,7 @@ def short_errors() -> Iterator[None]:
         yield
     except (CheckpointError, ConfigError, DataError, TrainingError) as error:
         supervision.report(str(error), mendable=False)
-        raise SystemExit(f'error: {error}') from None
+        raise SystemExit(f'error: {error}\nMore: {address_of(error)}') from None
     except Interrupted as stop:
         print(stop.message, file=sys.stderr)
         if stop.alone:
@@ -150,7 +151,9 @@ def short_errors() -> Iterator[None]:
         )
         place = _log_traceback()
         supervision.report(sentence, supervision.is_mendable(error))
-        raise SystemExit(f'error: {sentence}{place}') from None
+        raise SystemExit(
+            f'error: {sentence}{place}\nMore: {address_of(error)}'
+        ) from None
 
 
 def _log_traceback() -> str:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from convnext_mm.checkpoint import CheckpointFileError
 from convnext_mm.checkpoint.convert import Report
-from convnext_mm.checkpoint.errors import shown
+from convnext_mm.checkpoint.errors import CheckpointWriteError, shown
 from convnext_mm.checkpoint.load import Source, read_network
 
 SUFFIXES = ('.pth', '.pt', '.safetensors')
@@ -58,7 +58,7 @@ def convert_file(
             )
         os.replace(partial, target)
     except (OSError, RuntimeError, SafetensorError) as error:
-        raise CheckpointFileError(
+        raise CheckpointWriteError(
             f'{shown(target)} cannot be written ({shown(error)}); is the disk full?'
         ) from error
     finally:

@@ -1,5 +1,6 @@
 """What can go wrong with a checkpoint, one class for each thing to do, and how
-messages name what comes from outside."""
+messages name what comes from outside. ``anchor`` is the entry of a class in
+``docs/troubleshooting.md``."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -8,35 +9,67 @@ from numbers import Number
 
 
 class CheckpointError(ValueError):
-    """A checkpoint cannot be used; the message says why and what to do."""
+    """A checkpoint cannot be used; the message says why and what to do.
+
+    See ``docs/troubleshooting.md#checkpoint-error``."""
+
+    anchor = 'checkpoint-error'
 
 
 class CheckpointFileError(CheckpointError):
-    """The file is missing, unreadable, damaged or not a checkpoint."""
+    """The file is missing, unreadable, damaged or not a checkpoint.
+
+    See ``docs/troubleshooting.md#checkpoint-file``."""
+
+    anchor = 'checkpoint-file'
 
 
 class UnsafeCheckpointError(CheckpointError):
-    """The file is a pickle that asks for more than tensors and plain data."""
+    """The file is a pickle that asks for more than tensors and plain data.
+
+    See ``docs/troubleshooting.md#unsafe-checkpoint``."""
+
+    anchor = 'unsafe-checkpoint'
 
 
 class UnknownCheckpointError(CheckpointError):
-    """No ConvNeXt was recognised in the checkpoint, or more than one."""
+    """No ConvNeXt was recognised in the checkpoint, or more than one.
+
+    See ``docs/troubleshooting.md#unknown-checkpoint``."""
+
+    anchor = 'unknown-checkpoint'
 
 
 class CheckpointMismatchError(CheckpointError):
-    """The checkpoint's ConvNeXt is incomplete or does not fit the model."""
+    """The checkpoint's ConvNeXt is incomplete or does not fit the model.
+
+    See ``docs/troubleshooting.md#checkpoint-mismatch``."""
+
+    anchor = 'checkpoint-mismatch'
 
 
 class NoWeightsError(CheckpointMismatchError):
-    """A model is loaded, and there is nothing for the ConvNeXt in it."""
+    """A model is loaded, and there is nothing for the ConvNeXt in it.
+
+    See ``docs/troubleshooting.md#no-weights``."""
+
+    anchor = 'no-weights'
 
 
 class CheckpointDownloadError(CheckpointError):
-    """A remote checkpoint could not be fetched."""
+    """A remote checkpoint could not be fetched.
+
+    See ``docs/troubleshooting.md#checkpoint-download``."""
+
+    anchor = 'checkpoint-download'
 
 
 class CheckpointWriteError(CheckpointError):
-    """A checkpoint could not be written."""
+    """A checkpoint could not be written.
+
+    See ``docs/troubleshooting.md#checkpoint-write``."""
+
+    anchor = 'checkpoint-write'
 
 
 @contextmanager

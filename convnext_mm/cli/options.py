@@ -30,8 +30,11 @@ class Command(click.Command):
         try:
             import convnext_mm.public  # noqa: F401, registers
         except ImportError as error:
+            from convnext_mm.engine.errors import TROUBLESHOOTING
+
             raise SystemExit(
-                f'error: {error} (`convnext-mm doctor` examines this environment)'
+                f'error: {error} (`convnext-mm doctor` examines this environment)\n'
+                f'More: {TROUBLESHOOTING}#missing-package'
             ) from None
         from convnext_mm.apis.config import short_errors
 

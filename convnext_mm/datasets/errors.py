@@ -5,7 +5,11 @@ from collections.abc import Sequence
 
 
 class DataError(ValueError):
-    """Bad data. The message names the file and what to do."""
+    """Bad data. The message names the file and what to do.
+
+    See ``docs/troubleshooting.md#data-error``."""
+
+    anchor = 'data-error'
 
     def __init__(self, message: str) -> None:
         # A worker process sends its whole traceback as the message.
@@ -18,10 +22,14 @@ class DataError(ValueError):
 class UnreadableError(DataError):
     """An image or a class map does not exist or cannot be decoded.
 
+    See ``docs/troubleshooting.md#unreadable-image``.
+
     Args:
         message: The file, what is wrong, and what to do.
         fault: The first two of them.
     """
+
+    anchor = 'unreadable-image'
 
     def __init__(self, message: str, fault: str | None = None) -> None:
         super().__init__(message)

@@ -1,11 +1,29 @@
-"""What a user can get wrong in a config or on a command line, and what can go
-wrong in training."""
+"""What a user can get wrong in a config or on a command line, what can go wrong in
+training, and where any error is explained."""
+
+# The page of the repository that explains errors. A class of ours names its entry
+# there, ``anchor``; what else ends a program has the last one.
+TROUBLESHOOTING = 'docs/troubleshooting.md'
+OTHER = 'other-errors'
+
+
+def address_of(error: BaseException) -> str:
+    """Where an error is explained: the page and the entry on it."""
+    return f'{TROUBLESHOOTING}#{getattr(error, "anchor", OTHER)}'
 
 
 class ConfigError(ValueError):
-    """A setting or path is wrong; the message says which and what to do."""
+    """A setting or path is wrong; the message says which and what to do.
+
+    See ``docs/troubleshooting.md#config-error``."""
+
+    anchor = 'config-error'
 
 
 class TrainingError(RuntimeError):
     """Training came to a state from which it cannot go on; the message says which
-    and what to do."""
+    and what to do.
+
+    See ``docs/troubleshooting.md#training-error``."""
+
+    anchor = 'training-error'

@@ -85,11 +85,12 @@ class ModernizedResNet(StagedBackbone):
             downsampling is separate.
         norm_eval: Keep BatchNorm at its running statistics in training, as
             MMDetection does for pretrained ResNets.
-        in_channels, out_indices, out_layout, frozen_stages,
-            gap_before_final_norm, with_cp, impl, allow_partial, init_cfg: As for
-            :class:`convnext_mm.ConvNeXt`. ``init_cfg`` takes checkpoints of the
-            same step; at the first two those of torchvision's, timm's, MMDetection's
-            and MMPretrain's ResNets, at the last those of any ConvNeXt.
+        in_channels, out_indices, out_layout, frozen_stages: As for
+            :class:`convnext_mm.ConvNeXt`.
+        gap_before_final_norm, with_cp, impl, allow_partial: As there.
+        init_cfg: As there. It takes checkpoints of the same step; at the first two
+            those of torchvision's, timm's, MMDetection's and MMPretrain's ResNets, at
+            the last those of any ConvNeXt.
 
     Attributes:
         decisions (convnext_mm.archs.Decisions): Those of this network.

@@ -32,8 +32,10 @@ from convnext_mm.checkpoint import (
     UnsafeCheckpointError,
     read_checkpoint,
 )
+from convnext_mm.checkpoint.errors import CheckpointWriteError
 from convnext_mm.checkpoint.orders import without_orders
 from convnext_mm.checkpoint.reader import SAFE_TORCH
+from convnext_mm.engine.errors import address_of
 from repo import ROOT, at_least, load_tool
 from warm_python import warm_python
 
@@ -682,7 +684,8 @@ def test_tools_say_what_a_path_is(tool, world, tmp_path, capsys):
         else:
             message = capsys.readouterr().err.strip()
         assert status == 1 and message.startswith('error: ')
-        assert reason in message and '\n' not in message
+        sentence, more = message.splitlines()
+        assert reason in sentence and more.startswith('More: docs/')
 
 
 @pytest.mark.slow
@@ -691,8 +694,9 @@ def test_resume_of_weights_says_so(world, tmp_path):
     torch.save(dict(state_dict=content['detector']['state_dict']), tmp_path / 'a.pth')
     result = resume_run(world, tmp_path, tmp_path / 'a.pth')
     assert result.returncode == 1
-    last = result.stderr.strip().splitlines()[-1]
+    *_, last, more = result.stderr.strip().splitlines()
     assert last.startswith('error: ') and 'leave out --resume' in last
+    assert more == f'More: {address_of(CheckpointFileError())}'
 
 
 @pytest.mark.slow
@@ -738,8 +742,9 @@ def test_convert_to_a_full_disk(suffix, tmp_path, weights):
     )
     assert result.returncode == 1
     # Before it MMEngine may warn of an old PyTorch.
-    *before, last = result.stderr.strip().splitlines()
+    *before, last, more = result.stderr.strip().splitlines()
     assert last.startswith('error: ') and 'cannot be written' in last
+    assert more == f'More: {address_of(CheckpointWriteError())}'
     assert not any('Error' in line for line in before)
     assert [path.name for path in tmp_path.iterdir()] == ['a.safetensors']
 

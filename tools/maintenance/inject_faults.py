@@ -200,8 +200,14 @@ class Run:
         return self.log.read_text(errors='replace')
 
     def last_line(self) -> str:
-        lines = [line.strip() for line in self.output().splitlines() if line.strip()]
-        return lines[-1] if lines else ''
+        return last_said(self.output())
+
+
+def last_said(output: str) -> str:
+    """The last line, but for the one that says where more is."""
+    lines = [line.strip() for line in output.splitlines()]
+    said = [line for line in lines if line and not line.startswith('More: docs/')]
+    return said[-1] if said else ''
 
 
 def tree(pid: int) -> list[int]:
@@ -935,7 +941,7 @@ for name, what, options, words in (
             capture_output=True,
             text=True,
         )
-        outcome.status, outcome.saw = done.returncode, done.stderr.splitlines()[-1]
+        outcome.status, outcome.saw = done.returncode, last_said(done.stderr)
         check(outcome, outcome.status == 1, 'not status 1')
         for word in words:
             check(outcome, word in outcome.saw, f'{word!r} is not said')

@@ -30,6 +30,7 @@ MARK = SOURCE.read_text().partition('\n')[0]
 # Beside the operators where mmcv itself was installed with them.
 INSTALLED_MMCV = 'mmcv-was-installed-by-convnext_mm'
 COMMAND = 'python -m convnext_mm.compat.mmcv_ops'
+TROUBLESHOOTING = 'docs/troubleshooting.md'  # as convnext_mm.engine.errors has it
 MAINTAINED, ORIGINAL = 'onedl-mmcv==2.3.6', 'mmcv==2.1.0'
 # mmcv 2.1 needs pkg_resources to build, which later setuptools do not have.
 BUILD_WITH = 'setuptools<81\n'
@@ -48,7 +49,11 @@ assert mmcv.ops.nms(boxes, torch.tensor([3., 2, 1]), 0.5)[1].tolist() == [0, 2]
 
 
 class OperatorsError(Exception):
-    """What the user has to do first; the message is the advice."""
+    """What the user has to do first; the message is the advice.
+
+    See ``docs/troubleshooting.md#mmcv-operators``."""
+
+    anchor = 'mmcv-operators'
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -75,7 +80,9 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             print(install(*['--no-deps'] * args.no_deps, trial=not args.no_try))
     except OperatorsError as error:
-        print(f'stopped: {error}', file=sys.stderr)
+        print(
+            f'stopped: {error}\nMore: {TROUBLESHOOTING}#{error.anchor}', file=sys.stderr
+        )
         return 1
     except OSError as error:
         print(
