@@ -19,6 +19,7 @@ __all__ = [
     'SimplePyramid',
     '__version__',
     'convert_state_dict',
+    'export',
     'infer',
     'load_checkpoint',
 ]
@@ -45,6 +46,7 @@ if TYPE_CHECKING or not _starts_a_command():
         ReleasedClassifierInit,
         SimplePyramid,
         convert_state_dict,
+        export,
         infer,
         load_checkpoint,
     )

@@ -18,6 +18,7 @@ except ModuleNotFoundError as error:
     ) from error
 
 from . import compat  # noqa: F401
+from .apis.export import export
 from .apis.inference import infer
 from .checkpoint import CheckpointError, convert_state_dict, load_checkpoint
 from .checkpoint.gate import install as _install_gate
@@ -46,6 +47,7 @@ __all__ = [
     'ReleasedClassifierInit',
     'SimplePyramid',
     'convert_state_dict',
+    'export',
     'infer',
     'load_checkpoint',
 ]

@@ -19,10 +19,12 @@ COMMANDS = {
     'demo': 'Train a small detector on drawn shapes and show what it finds.',
     'zoo': 'List recipes and trained models.',
     'infer': 'Find objects, or segment, in pictures and videos.',
+    'convert-data': 'Bring Pascal VOC or YOLO annotations into COCO format.',
     'show': 'Draw a backbone, a learning rate, a run, or training data.',
     'train': 'Train the model of a config.',
     'test': 'Evaluate a model on COCO, ADE20K, or your own data.',
     'convert': 'Convert a checkpoint of any family.',
+    'export': 'Write a model as ONNX, torch.export or TorchScript.',
     'flops': "Count a model's parameters and FLOPs.",
     'bench': 'Time backbones and models, side by side.',
     'profile': 'Profile a few training steps of a config.',
@@ -38,7 +40,7 @@ class _Commands(click.Group):
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         if name not in COMMANDS:
             return None
-        return import_module(f'{__name__}.{name}').command
+        return import_module(f'{__name__}.{name.replace("-", "_")}').command
 
     def format_commands(
         self, ctx: click.Context, formatter: click.HelpFormatter

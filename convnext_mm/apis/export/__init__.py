@@ -1,0 +1,295 @@
+"""Models as files that other programs run."""
+
+import copy
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS, init_default_scope
+from torch import nn
+
+from convnext_mm.apis.config import load_config
+from convnext_mm.apis.inference.predictor import Predictor
+from convnext_mm.apis.quiet import quiet
+from convnext_mm.apis.zoo import resolve
+from convnext_mm.checkpoint.load import load_pretrained
+from convnext_mm.engine.errors import ConfigError
+from convnext_mm.models import StagedBackbone
+
+from .check import compare, inputs_of, pictures, speed
+from .networks import Network, network_for
+from .quantise import quantise
+from .targets import OLDEST_OPSET, OPSET, TARGETS, need, write
+
+DTYPES = dict(fp32=torch.float32, fp16=torch.float16)
+PARTS = ('model', 'backbone')
+# Share of the largest value, or pixels, that rounding explains; int8 is measured, not
+# judged.
+TOLERANCES = dict(fp32=1e-3, fp16=3e-2)
+IMAGE_FILES = {'.jpg', '.jpeg', '.png', '.bmp', '.webp'}
+
+
+@dataclass
+class Exported:
+    """A file, and what was seen of it.
+
+    Attributes:
+        path: Of the file.
+        to: The target.
+        inputs: What it takes, in words.
+        outputs: Names of what it gives.
+        operators: And how many of each.
+        bytes: Of the file, and of the one beside it with weights above 1.9 GB.
+        differences: From the model, see :func:`.check.compare`; empty without check.
+        time: Over that of the same network in PyTorch, deployed; None without check.
+    """
+
+    path: Path
+    to: str
+    inputs: str
+    outputs: tuple[str, ...]
+    operators: Counter[str]
+    bytes: int
+    differences: dict[str, float] = field(default_factory=dict)
+    time: float | None = None
+
+
+def export(
+    model: str | nn.Module,
+    to: str = 'onnx',
+    out: str | Path | None = None,
+    *,
+    checkpoint: str | None = None,
+    part: str = 'model',
+    dtype: str = 'fp32',
+    int8: str | None = None,
+    shape: tuple[int, int] | None = None,
+    opset: int = OPSET,
+    images: Sequence[str] = (),
+    check: bool = True,
+    cfg_options: dict | None = None,
+) -> Exported:
+    """Writes a model, folded, to a file that runs without this package.
+
+    Whole models take images (N, 3, H, W) in fp32, red first, 0 to 255; a backbone
+    takes what its preprocessor gives. A segmentor gives logits (N, classes, H, W) and
+    classes (N, H, W); a detector takes one image and gives boxes (n, 4), scores (n,),
+    labels (n,) and masks (n, 28, 28) of ``max_per_img`` objects, score 0 where there
+    are fewer. See docs/export.md.
+
+    Args:
+        model: What :func:`convnext_mm.infer` takes, or a network in evaluation mode.
+        to: ``'onnx'``, ``'torch-export'`` or ``'torchscript'``.
+        out: The file; by default in ``outputs/``, named after the model.
+        checkpoint: Weights, where ``model`` is a config.
+        part: ``'model'`` or ``'backbone'``.
+        dtype: ``'fp32'`` or ``'fp16'``, of weights and maps.
+        int8: Folder of pictures to find the ranges of activations with: products
+            become those of int8 (ONNX only).
+        shape: Height and width, to fix them; else the file takes any.
+        opset: Version of ONNX's operators.
+        images: Pictures to compare on; drawn ones by default.
+        check: Run the file in another process and compare it with the model.
+        cfg_options: Settings of the config to override.
+
+    Returns:
+        What was written, and how it compares.
+
+    Raises:
+        ConfigError: A setting, size or part cannot be exported, a package is
+            missing, or the file gives something else than the model.
+        CheckpointError: The weights cannot be used.
+    """
+    _check_settings(to, part, dtype, int8, opset)
+    if to == 'onnx':
+        need('onnx', 'onnxscript', *(('onnxruntime',) if check or int8 else ()))
+    network_name = type(model).__name__
+    facts: dict[str, Any] = {}
+    if isinstance(model, str):
+        network_name = Path(model).stem or Path(model).name
+        model, facts = _load(model, checkpoint, part, cfg_options)
+    elif part == 'backbone' and not isinstance(model, StagedBackbone):
+        model = getattr(model, 'backbone', model)
+    given = copy.deepcopy(model)
+    network = network_for(model, DTYPES[dtype])
+    _check_shape(shape, network, facts)
+    precision = 'int8' if int8 else dtype
+    path = Path(out) if out else _default(network_name, part, precision, to)
+    if path.suffix != TARGETS[to]:
+        raise ConfigError(f'{path} does not end in {TARGETS[to]}, as files of {to} do')
+    path.parent.mkdir(parents=True, exist_ok=True)
+    facts |= dict(
+        inputs=_inputs(network, shape), outputs=network.outputs, dtype=precision
+    )
+    compared = pictures(images, shape)
+    operators = write(network, to, path, shape, opset, facts)
+    if int8:
+        operators = _to_int8(path, network, int8, shape)
+    result = Exported(
+        path,
+        to,
+        facts['inputs'],
+        network.outputs,
+        operators,
+        sum(file.stat().st_size for file in path.parent.glob(f'{path.name}*')),
+    )
+    if check:
+        result.differences = compare(given, network, path, compared)
+        _judge(result, precision)
+        if dtype == 'fp16':
+            network = network_for(given)
+        x = inputs_of(network, compared)[0]
+        result.time = speed(network, path, x, to)
+    return result
+
+
+def _check_settings(
+    to: str, part: str, dtype: str, int8: str | None, opset: int
+) -> None:
+    for name, value, known in (
+        ('--to', to, TARGETS),
+        ('--part', part, PARTS),
+        ('--dtype', dtype, DTYPES),
+    ):
+        if value not in known:
+            raise ConfigError(f'{name} {value}: one of {", ".join(known)}')
+    if int8 and (to != 'onnx' or dtype != 'fp32'):
+        raise ConfigError(
+            f'--int8 is for --to onnx --dtype fp32, not for {to} in {dtype}'
+        )
+    if to == 'onnx':
+        need('onnx')
+        import onnx
+
+        newest = onnx.defs.onnx_opset_version()
+        if not OLDEST_OPSET <= opset <= newest:
+            raise ConfigError(
+                f'--opset {opset}: PyTorch writes {OLDEST_OPSET} to {newest} '
+                f'({OPSET} by default)'
+            )
+
+
+def _check_shape(
+    shape: tuple[int, int] | None, network: Network, facts: dict[str, Any]
+) -> None:
+    if shape is not None and min(shape) < network.min_size:
+        raise ConfigError(
+            f'--shape {shape[0]} {shape[1]}: the model takes '
+            f'{network.min_size} x {network.min_size} pixels or more'
+        )
+
+
+def _inputs(network: Network, shape: tuple[int, int] | None) -> str:
+    batch = 'N' if network.batch else '1'
+    height, width = shape or ('H', 'W')
+    kind = (
+        'fp32, red first, 0 to 255'
+        if hasattr(network, 'mean')
+        else 'fp32, as the preprocessor normalises them'
+    )
+    return f'images ({batch}, {network.channels}, {height}, {width}) {kind}'
+
+
+def _default(name: str, part: str, precision: str, to: str) -> Path:
+    ending = '-backbone' if part == 'backbone' else ''
+    return Path('outputs', f'{name}{ending}-{precision}{TARGETS[to]}')
+
+
+def _load(
+    name: str, checkpoint: str | None, part: str, cfg_options: dict | None
+) -> tuple[nn.Module, dict[str, Any]]:
+    """A network with its weights, and what whoever runs it has to know."""
+    config, weights, _ = resolve(name, checkpoint)
+    cfg = load_config(config, cfg_options=cfg_options)
+    if part == 'backbone':
+        return _backbone(cfg, config, weights), dict(preprocessor=_plain(cfg))
+    predictor = Predictor(
+        name, checkpoint, 'cpu', deploy=False, cfg_options=cfg_options
+    )
+    return predictor.inferencer.model, dict(
+        predictor.dataset_meta,
+        task='detection' if predictor.scope == 'mmdet' else 'segmentation',
+        **_resizing(cfg),
+    )
+
+
+def _backbone(cfg: Config, config: str, weights: str) -> nn.Module:
+    init_default_scope(cfg.get('default_scope', 'mmengine'))
+    with quiet():
+        backbone = MODELS.build(cfg.model.backbone)
+    if not isinstance(backbone, StagedBackbone):
+        raise ConfigError(
+            f'the backbone of {config} is {type(backbone).__name__}, not one of this '
+            'package'
+        )
+    load_pretrained(backbone, weights)
+    return backbone.eval()
+
+
+def _plain(cfg: Config) -> dict[str, Any]:
+    preprocessor = cfg.model.get('data_preprocessor') or cfg.get('data_preprocessor')
+    return {
+        key: preprocessor[key]
+        for key in ('mean', 'std', 'bgr_to_rgb', 'to_rgb')
+        if preprocessor and key in preprocessor
+    }
+
+
+def _resizing(cfg: Config) -> dict[str, Any]:
+    """How the test pipeline scales a picture, and how a segmentor cuts it."""
+    pipeline = cfg.test_dataloader.dataset.pipeline
+    resize: Any = next((t for t in pipeline if t.type.split('.')[-1] == 'Resize'), {})
+    test_cfg = cfg.model.get('test_cfg') or {}
+    rcnn = test_cfg.get('rcnn') or {}
+    facts = dict(
+        scale=resize.get('scale'),
+        keep_ratio=resize.get('keep_ratio', False),
+        crop_size=test_cfg.get('crop_size'),
+        stride=test_cfg.get('stride'),
+        mask_threshold=rcnn.get('mask_thr_binary'),
+    )
+    return {key: value for key, value in facts.items() if value is not None}
+
+
+def _to_int8(
+    path: Path, network: Network, folder: str, shape: tuple[int, int] | None
+) -> Counter[str]:
+    import onnx
+
+    files = sorted(
+        str(file)
+        for file in Path(folder).rglob('*')
+        if file.suffix.lower() in IMAGE_FILES
+    )
+    if not files:
+        raise ConfigError(
+            f'--int8 {folder}: the folder holds no pictures '
+            f'({", ".join(sorted(IMAGE_FILES))})'
+        )
+    examples = inputs_of(network, pictures(files, shape))
+    with quiet():
+        quantise(path, path, examples)
+    return Counter(node.op_type for node in onnx.load(path).graph.node)
+
+
+def _judge(result: Exported, precision: str) -> None:
+    differences = result.differences
+    limit = TOLERANCES.get(precision)
+    if limit is None:
+        return
+    far = {
+        name: value
+        for name, value in differences.items()
+        if name in ('largest', 'scores') and not value <= limit
+    }
+    lost = differences.get('unmatched', 0) > 0.1 * differences.get('objects', 0)
+    if far or (lost and precision == 'fp32'):
+        raise ConfigError(
+            f'{result.path} was written, but differs from the model by more than '
+            f'rounding explains: {differences}. Do not use it; report it with the '
+            'config'
+        )
