@@ -69,7 +69,8 @@ class ConvNeXt(StagedBackbone):
             operators do, mmcv's RoIAlign reads garbage (
             ``convnext_mm.SingleRoIExtractor`` prevents that).
         gap_before_final_norm: Emit (N, C_i), pooled and then normalised, for
-            classifiers.
+            classifiers. mmpretrain's default is True, and its ``out_indices`` -1:
+            a classifier's config written for its ConvNeXt must set both.
         with_cp: Recompute blocks in backward: less memory, more time.
         impl: What computes the blocks; neither weights nor outputs depend on
             it. ``'eager'``: plain PyTorch. ``'lean'``: a backward of its own
@@ -81,7 +82,8 @@ class ConvNeXt(StagedBackbone):
             default one that lacks a parameter of stem, downsampling layers or
             stages, or has it in another shape, is an error.
         norm_cfg, act_cfg, linear_pw_conv: Accepted at the defaults of
-            mmpretrain's ConvNeXt only, so that a config written for it works.
+            mmpretrain's ConvNeXt only, so that a detector's or segmentor's config
+            written for it works.
         init_cfg: MMEngine's. ``dict(type='Pretrained', checkpoint=...,
             prefix=...)`` takes the checkpoint of any ConvNeXt, a file or an
             address, see :func:`convnext_mm.load_checkpoint`. Without it

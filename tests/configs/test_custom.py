@@ -1,170 +1,157 @@
 """configs/custom: every example is built, trained one step and run once."""
 
 import shutil
+from importlib import import_module
 
 import pytest
 import torch
-from mmengine.config import Config
-from mmengine.model import revert_sync_batchnorm
-from mmengine.optim import build_optim_wrapper
-from mmengine.registry import MODELS, DefaultScope
-from mmengine.structures import PixelData
 
 from convnext_mm import ConvNeXt
 from convnext_mm.datasets import write_shapes
-from convnext_mm.engine.launch import fit_to_device
+from recipe_models import FEW_PROPOSALS, toy, train_and_run
 from repo import ROOT, tool
 
 pytest.importorskip('mmdet')
 pytest.importorskip('mmseg')
 FOLDER = ROOT / 'configs' / 'custom'
-# The tiny's channels and those of the small arch that takes its place.
-CHANNELS = dict(zip((96, 192, 384, 768), (16, 24, 32, 40)))
-ARCH = dict(depths=(1, 1, 2, 1), channels=tuple(CHANNELS.values()))
 DETR = {'encoder.num_layers': 1, 'decoder.num_layers': 2, 'num_queries': 20}
 MASK2FORMER = {
     'num_queries': 10,
     'pixel_decoder.encoder.num_layers': 1,
     'transformer_decoder.num_layers': 1,
 }
-FEW_PROPOSALS = {
-    'train_cfg.rpn_proposal.max_per_img': 50,
-    'train_cfg.rcnn.sampler.num': 32,
-    'test_cfg.rpn.max_per_img': 50,
+MASK2FORMER_ADE = {f'decode_head.{k}': v for k, v in MASK2FORMER.items()}
+MASK2FORMER_COCO = {
+    'data_preprocessor.batch_augments': None,
+    'test_cfg.max_per_image': 10,
+    **{f'panoptic_head.{k}': v for k, v in MASK2FORMER.items()},
 }
-SIZE = (64, 64)  # of images for segmentors, whose 150 logits are as large
+MASK_RCNN = {'data_preprocessor.batch_augments': None, **FEW_PROPOSALS}
+CASCADE = {
+    **{k: v for k, v in FEW_PROPOSALS.items() if 'rcnn' not in k},
+    'roi_head.mask_head.conv_out_channels': 16,
+}
+for stage in range(3):
+    CASCADE[f'train_cfg.rcnn.{stage}.sampler.num'] = 16
+    CASCADE[f'roi_head.bbox_head.{stage}.conv_out_channels'] = 16
+    CASCADE[f'roi_head.bbox_head.{stage}.fc_out_channels'] = 32
+UPERNET = {
+    'test_cfg.mode': 'whole',
+    'decode_head.channels': 16,
+    'auxiliary_head.channels': 16,
+}
+LINEAR = {'decode_head.channels': 112, 'test_cfg.mode': 'whole'}
+ONE_GPU_CASCADE = (
+    'cascade-mask-rcnn_convnext-b-in22k-pre_fpn_4conv1fc-giou_'
+    '1xb2-accum8-amp-ms-crop-3x_coco.py'
+)
+ONE_GPU_UPERNET = (
+    'convnext-base-in22k-pre_upernet_1xb4-accum4-amp-160k_ade20k-640x640.py'
+)
+PYRAMID = 'mask-rcnn_{}-pre_simple-pyramid_8xb4-amp-lsj-3x_coco.py'
 # What makes the model small: settings below `model`.
 SMALL = {
     'atss_convnext-t_fpn_1x_coco.py': {},
+    ONE_GPU_CASCADE: CASCADE,
+    ONE_GPU_UPERNET: UPERNET,
+    'convnext-tiny-dinov3-pre_8xb32-linear-coslr-100e_in1k.py': {},
+    'convnext-tiny-dinov3-pre_linear_8xb2-40k_ade20k-512x512.py': LINEAR,
+    'convnext-v2-tiny-fcmae-pre_8xb32-linear-coslr-100e_in1k.py': {},
+    'convnext-v2-tiny-fcmae-pre_linear_8xb2-40k_ade20k-512x512.py': LINEAR,
     'deeplabv3plus_convnext-t-d16_4xb4-160k_ade20k-512x512.py': {
         'decode_head.channels': 64,
         'auxiliary_head.channels': 32,
     },
+    'dino-4scale_convnext-t-dinov3-pre_8xb2-12e_coco.py': DETR,
     'dino-4scale_convnext-t_8xb2-12e_coco.py': DETR,
+    'dino-4scale_convnext-v2-t-fcmae-pre_8xb2-12e_coco.py': DETR,
     'faster-rcnn_convnext-t_fpn_1x_coco.py': FEW_PROPOSALS,
     'fcos_convnext-t_fpn_gn-head_1x_coco.py': {},
     'fpn_convnext-t_4xb4-160k_ade20k-512x512.py': {},
-    'mask2former_convnext-t_8xb2-160k_ade20k-512x512.py': {
-        f'decode_head.{k}': v for k, v in MASK2FORMER.items()
-    },
-    'mask2former_convnext-t_8xb2-lsj-50e_coco.py': {
-        'data_preprocessor.batch_augments': None,
-        'test_cfg.max_per_image': 10,
-        **{f'panoptic_head.{k}': v for k, v in MASK2FORMER.items()},
-    },
+    PYRAMID.format('convnext-t-d16-dinov3'): MASK_RCNN,
+    PYRAMID.format('convnext-v2-t-d16-fcmae'): MASK_RCNN,
+    'mask-rcnn_convnext-t-dinov3-pre-frozen_fpn_8xb2-amp-ms-crop-3x_coco.py': MASK_RCNN,
+    'mask2former_convnext-t-dinov3-pre_8xb2-160k_ade20k-512x512.py': MASK2FORMER_ADE,
+    'mask2former_convnext-t-dinov3-pre_8xb2-lsj-50e_coco.py': MASK2FORMER_COCO,
+    'mask2former_convnext-t_8xb2-160k_ade20k-512x512.py': MASK2FORMER_ADE,
+    'mask2former_convnext-t_8xb2-lsj-50e_coco.py': MASK2FORMER_COCO,
+    'mask2former_convnext-v2-t-fcmae-pre_8xb2-lsj-50e_coco.py': MASK2FORMER_COCO,
+    'mask2former_convnext-v2-t_8xb2-160k_ade20k-512x512.py': MASK2FORMER_ADE,
     'ms-rcnn_convnext-t_fpn_1x_coco.py': FEW_PROPOSALS,
     'retinanet_convnext-t_fpn_1x_coco.py': {},
     'segformer_convnext-t_8xb2-160k_ade20k-512x512.py': {},
 }
+# Of libraries that set-up does not install; these need operators, too.
+ROTATED = {
+    'oriented-rcnn-le90_convnext-t_fpn_1x_dota.py': FEW_PROPOSALS,
+    'rotated-retinanet-rbox-le90_convnext-t_fpn_1x_dota.py': {},
+}
+POSE = 'td-hm_convnext-t_8xb64-210e_coco-256x192.py'
 OWN_DATA = (
     'own-coco-data_mask-rcnn_convnext-t.py',
     'own-mask-folder_upernet_convnext-t.py',
 )
 
 
-def swap_channels(node):
-    """Puts the small arch's channels wherever a model takes the backbone's."""
-    for key, value in node.items():
-        if isinstance(value, dict):
-            swap_channels(value)
-        elif key in ('in_channels', 'c1_in_channels'):
-            if isinstance(value, int):
-                node[key] = CHANNELS.get(value, value)
-            elif set(value) <= set(CHANNELS):
-                node[key] = [CHANNELS[v] for v in value]
-
-
-def load_small(name, **backbone):
-    cfg = Config.fromfile(FOLDER / name)
-    assert cfg.model.backbone.type == 'convnext_mm.ConvNeXt'
-    swap_channels(cfg.model)
-    cfg.model.backbone.update(arch=ARCH, init_cfg=None, **backbone)
-    cfg.merge_from_dict({f'model.{k}': v for k, v in SMALL[name].items()})
-    if cfg.default_scope == 'mmseg':
-        cfg.model.data_preprocessor.size = SIZE  # it pads to that
-    cfg.launcher = 'none'
-    fit_to_device(cfg, 'cpu')
-    return cfg
-
-
-def build(cfg):
-    DefaultScope.get_instance(str(id(cfg)), scope_name=cfg.default_scope)
-    with DefaultScope.overwrite_default_scope(cfg.default_scope):
-        torch.manual_seed(0)
-        model = revert_sync_batchnorm(MODELS.build(cfg.model))
-        model.init_weights()
-        assert isinstance(model.backbone, ConvNeXt)
-        return model, build_optim_wrapper(model, cfg.optim_wrapper)
-
-
-def inputs_for(cfg):
-    """Two images with annotations, as a loader gives them."""
-    if cfg.default_scope == 'mmdet':
-        from mmdet.testing import demo_mm_inputs
-
-        return demo_mm_inputs(
-            2, [(3, 128, 128)] * 2, [3, 2], num_classes=80, with_mask=True
-        )
-    from mmseg.structures import SegDataSample
-
-    generator = torch.Generator().manual_seed(0)
-    samples = []
-    for _ in range(2):
-        labels = torch.randint(0, 6, (1, *SIZE), generator=generator)
-        samples.append(
-            SegDataSample(
-                gt_sem_seg=PixelData(data=labels),
-                metainfo=dict(img_shape=SIZE, ori_shape=SIZE, pad_shape=SIZE),
-            )
-        )
-    images = [
-        torch.randint(0, 255, (3, *SIZE), dtype=torch.uint8, generator=generator)
-        for _ in range(2)
-    ]
-    return dict(inputs=images, data_samples=samples)
-
-
-def train_and_run(cfg):
-    model, optim_wrapper = build(cfg)
-    with DefaultScope.overwrite_default_scope(cfg.default_scope):
-        model.train()
-        log = model.train_step(inputs_for(cfg), optim_wrapper)
-        model.eval()
-        with torch.no_grad():
-            results = model.test_step(inputs_for(cfg))
-    assert torch.isfinite(log['loss'])
-    # Every parameter of the backbone got a gradient: DDP needs that.
-    state = optim_wrapper.optimizer.state
-    unused = [
-        n
-        for n, p in model.backbone.named_parameters()
-        if not state[p].get('exp_avg', torch.zeros(1)).any()
-    ]
-    assert not unused
-    assert len(results) == 2
-    if cfg.default_scope == 'mmdet':
-        assert len(results[0].pred_instances.scores) >= 0
-    else:
-        assert results[0].pred_sem_seg.data.shape == (1, *SIZE)
-    return results
-
-
 def test_every_example_is_tested():
     names = {path.name for path in FOLDER.glob('*.py')}
-    assert names == {*SMALL, *OWN_DATA}
+    own = {name for name in names if name.startswith('own-')}
+    assert names - own == {*SMALL, *ROTATED, POSE}
+    assert own >= {*OWN_DATA}
 
 
 @pytest.mark.parametrize('name', SMALL)
 def test_example(name):
-    train_and_run(load_small(name))
+    cfg = toy(FOLDER / name, SMALL[name])
+    assert cfg.model.backbone.type == 'convnext_mm.ConvNeXt'
+    if 'accum' in name:
+        cfg.optim_wrapper.accumulative_counts = 2  # for time's sake
+    model, *_ = train_and_run(cfg)
+    assert isinstance(model.backbone, ConvNeXt)
 
 
 def test_deeplab_at_8():
-    cfg = load_small(
-        'deeplabv3plus_convnext-t-d16_4xb4-160k_ade20k-512x512.py', output_stride=8
+    name = 'deeplabv3plus_convnext-t-d16_4xb4-160k_ade20k-512x512.py'
+    train_and_run(
+        toy(
+            FOLDER / name,
+            {
+                **SMALL[name],
+                'backbone.output_stride': 8,
+                'decode_head.dilations': (1, 12, 24, 36),
+            },
+        )
     )
-    cfg.model.decode_head.dilations = (1, 12, 24, 36)
-    train_and_run(cfg)
+
+
+def need(library):
+    """Skips where a library is missing or broken, with what its import says."""
+    try:
+        import_module(f'{library}.models')
+    except (ImportError, ValueError) as error:
+        pytest.skip(f'needs {library}: {error}')
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ROTATED)
+def test_rotated_detection(name):
+    need('mmrotate')
+    from mmcv.ops import box_iou_rotated
+
+    try:
+        box_iou_rotated(torch.ones(1, 5), torch.ones(1, 5))
+    except NotImplementedError as error:
+        pytest.skip(f'needs compiled operators of mmcv: {error}')
+    model, _, results = train_and_run(toy(FOLDER / name, ROTATED[name]))
+    assert isinstance(model.backbone, ConvNeXt)
+    assert results[0].pred_instances.bboxes.shape[1] == 5
+
+
+def test_pose():
+    need('mmpose')
+    model, _, results = train_and_run(toy(FOLDER / POSE, {'head.in_channels': 40}))
+    assert isinstance(model.backbone, ConvNeXt)
+    assert results[0].pred_instances.keypoints.shape[1:] == (17, 2)
 
 
 @pytest.fixture(scope='module')

@@ -2,12 +2,19 @@
 
 import copy
 from functools import cache, lru_cache
+from importlib import import_module
 
+import pytest
+import torch
 from mmengine.config import Config
+from mmengine.model import revert_sync_batchnorm
 from mmengine.optim import build_optim_wrapper
-from mmengine.registry import PARAM_SCHEDULERS, init_default_scope
+from mmengine.registry import MODELS, PARAM_SCHEDULERS, DefaultScope, init_default_scope
+from mmengine.structures import PixelData
 
 from convnext_mm.analysis.complexity import build_model
+from convnext_mm.apis.config import load_config
+from convnext_mm.engine.launch import fit_to_device
 from repo import ROOT
 
 FOLDERS = ('mask_rcnn', 'cascade', 'upernet', 'imagenet')
@@ -72,8 +79,6 @@ def learning_rates(cfg, optimizer, epoch_length, num_iters, sample):
 
 def stand_in(learning_rates_):
     """A cheap optimizer with these initial learning rates."""
-    import torch
-
     return torch.optim.SGD(
         [
             dict(params=[torch.nn.Parameter(torch.zeros(()))], lr=lr)
@@ -113,3 +118,119 @@ def cut_down(cfg: Config, width: int = 16) -> dict:
         model.decode_head.update(in_channels=channels, channels=width)
         model.auxiliary_head.update(in_channels=channels[2], channels=width)
     return model
+
+
+# An arch that takes the place of any other: necks and heads follow by themselves.
+TOY = dict(_delete_=True, depths=(1, 1, 2, 1), channels=(16, 24, 32, 40))
+TOY_SIZE = (64, 64)  # of images for segmentors, whose 150 logits are as large
+FEW_PROPOSALS = {
+    'train_cfg.rpn_proposal.max_per_img': 50,
+    'train_cfg.rcnn.sampler.num': 32,
+    'test_cfg.rpn.max_per_img': 50,
+}
+
+
+def toy(path, settings: dict) -> Config:
+    """A config of any recipe for a CPU.
+
+    Args:
+        path: Of the config.
+        settings: Dotted names below ``model`` to what makes it small.
+    """
+    changes = {'backbone.arch': TOY, 'backbone.init_cfg': None, **settings}
+    cfg = load_config(
+        str(ROOT / path), cfg_options={f'model.{k}': v for k, v in changes.items()}
+    )
+    if cfg.default_scope == 'mmseg':
+        cfg.model.data_preprocessor.size = TOY_SIZE  # it pads to that
+    if 'data_preprocessor' in cfg:
+        cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
+    fit_to_device(cfg, 'cpu')
+    return cfg
+
+
+def build_toy(cfg: Config):
+    """(model with initial weights, optimizer wrapper)."""
+    DefaultScope.get_instance(str(id(cfg)), scope_name=cfg.default_scope)
+    with DefaultScope.overwrite_default_scope(cfg.default_scope):
+        torch.manual_seed(0)
+        model = revert_sync_batchnorm(MODELS.build(cfg.model))
+        model.init_weights()
+        return model, build_optim_wrapper(model, copy.deepcopy(cfg.optim_wrapper))
+
+
+def toy_inputs(cfg: Config) -> dict:
+    """Two images with annotations, as the loader of a toy gives them."""
+    scope = cfg.default_scope
+    if scope in ('mmdet', 'mmrotate'):
+        special = dict(
+            mmdet=dict(
+                num_classes=80,
+                with_mask="'with_mask': True" in str(cfg.train_dataloader.to_dict()),
+            ),
+            mmrotate=dict(num_classes=15, use_box_type=True),
+        )
+        return import_module(f'{scope}.testing').demo_mm_inputs(
+            2, [(3, 128, 128)] * 2, [3, 2], **special[scope]
+        )
+    if scope == 'mmpose':
+        from mmpose.testing import get_packed_inputs
+
+        # Sizes are width, height; of the image height, width.
+        sizes = dict(input_size=(192, 256), heatmap_size=(48, 64))
+        return get_packed_inputs(2, img_shape=(256, 192), **sizes)
+    generator = torch.Generator().manual_seed(0)
+    images = [
+        torch.randint(0, 255, (3, *TOY_SIZE), dtype=torch.uint8, generator=generator)
+        for _ in range(2)
+    ]
+    if scope == 'mmpretrain':
+        from mmpretrain.structures import DataSample
+
+        samples = [DataSample().set_gt_label(label) for label in (1, 0)]
+    else:
+        from mmseg.structures import SegDataSample
+
+        sizes = dict.fromkeys(('img_shape', 'ori_shape', 'pad_shape'), TOY_SIZE)
+        samples = [
+            SegDataSample(
+                gt_sem_seg=PixelData(
+                    data=torch.randint(0, 6, (1, *TOY_SIZE), generator=generator)
+                ),
+                metainfo=sizes,
+            )
+            for _ in range(2)
+        ]
+    return dict(inputs=images, data_samples=samples)
+
+
+def train_and_run(cfg: Config):
+    """A training step and a prediction of a toy.
+
+    Returns:
+        (model, optimizer wrapper, results).
+    """
+    scope = cfg.default_scope
+    model, optim_wrapper = build_toy(cfg)
+    with DefaultScope.overwrite_default_scope(scope):
+        model.train()
+        for _ in range(cfg.optim_wrapper.get('accumulative_counts', 1)):
+            log = model.train_step(toy_inputs(cfg), optim_wrapper)
+        model.eval()
+        with torch.no_grad():
+            results = model.test_step(toy_inputs(cfg))
+    assert torch.isfinite(log['loss'])
+    assert len(results) == 2
+    if scope == 'mmseg':
+        assert results[0].pred_sem_seg.data.shape == (1, *TOY_SIZE)
+    elif scope == 'mmpretrain':
+        assert results[0].pred_score.sum() == pytest.approx(1)
+    else:
+        assert 'bboxes' in results[0].pred_instances
+    # Every parameter that trains got a gradient: DDP needs that.
+    state = optim_wrapper.optimizer.state
+    for name, param in model.backbone.named_parameters():
+        if param.requires_grad:
+            moment = state[param].get('exp_avg', state[param].get('momentum_buffer'))
+            assert moment is not None and moment.any(), name
+    return model, optim_wrapper, results

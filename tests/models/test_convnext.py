@@ -3,10 +3,13 @@
 import copy
 import json
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS
 
 import repo
 from convnext_mm import ConvNeXt
@@ -14,6 +17,7 @@ from convnext_mm.archs import ARCHS
 from convnext_mm.models.block import IMPL_NAMES, Block, Downsample
 from convnext_mm.models.convnext import LayerNorm2d
 from convnext_mm.ops.eager import grn
+from toys import randomise
 from warm_python import warm_python
 
 SMALL = dict(depths=[1, 2, 3, 1], channels=[8, 16, 24, 32])
@@ -460,6 +464,58 @@ def test_mmpretrain_defaults_are_accepted():
     )
     dims = dict(depths=SMALL['depths'], dims=SMALL['channels'])
     assert ConvNeXt(dims).channels == model.channels
+
+
+def stock_models(library):
+    """Models with mmpretrain's ConvNeXt of the configs that a library is installed
+    with. Their networks are small, all else is as it stands there."""
+    pytest.importorskip('mmpretrain.models')
+    root = Path(pytest.importorskip(library).__file__).parent
+    for path in sorted(root.glob('.mim/configs/*/*convnext*.py')):
+        model = Config.fromfile(path).model.to_dict()
+        if model['backbone']['type'] in ('ConvNeXt', 'mmpretrain.ConvNeXt'):
+            model['backbone'].update(arch=SMALL, init_cfg=None)
+            yield path.name, model
+
+
+def equal(peer, ours, x):
+    randomise(peer)
+    ours.load_state_dict(peer.state_dict())
+    ours.eval()
+    with torch.no_grad():
+        outs = zip(ours(x), peer(x), strict=True)
+        return all(relative(ours, theirs) < 1e-5 for ours, theirs in outs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('library', ['mmdet', 'mmseg'])
+def test_stock_detectors_and_segmentors_change_in_their_type_line(library):
+    models = dict(stock_models(library))
+    assert len(models) >= 4
+    for name, model in models.items():
+        peer = MODELS.build(model['backbone'])
+        ours = MODELS.build({**model['backbone'], 'type': 'convnext_mm.ConvNeXt'})
+        assert equal(peer, ours, torch.rand(1, 3, 64, 67)), name
+
+
+@pytest.mark.slow
+def test_stock_classifiers_need_two_settings_more():
+    """Of which their configs do not speak: mmpretrain's defaults are a classifier's,
+    ours a detector's."""
+    models = dict(stock_models('mmpretrain'))
+    assert len(models) >= 27
+    x = torch.rand(2, 3, 64, 67)
+    for name, model in models.items():
+        model['head']['in_channels'] = SMALL['channels'][-1]
+        backbone = {**model['backbone'], 'type': 'convnext_mm.ConvNeXt'}
+        pooled = dict(backbone, gap_before_final_norm=True, out_indices=-1)
+        peer, type_only, ours = (
+            MODELS.build(dict(model, backbone=b, _scope_='mmpretrain'))
+            for b in (model['backbone'], backbone, pooled)
+        )
+        with pytest.raises(RuntimeError):
+            type_only(x)
+        assert equal(peer, ours, x), name
 
 
 @pytest.mark.parametrize(

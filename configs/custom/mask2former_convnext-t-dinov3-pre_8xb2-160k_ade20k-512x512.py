@@ -1,0 +1,12 @@
+# Mask2Former for ADE20K on DINOv3 weights. They are gated: accept
+# the licence on the model's page first. Nothing is published or tuned.
+_base_ = './mask2former_convnext-t_8xb2-160k_ade20k-512x512.py'
+
+model = dict(
+    backbone=dict(
+        init_cfg=dict(
+            type='Pretrained',
+            checkpoint='hf://facebook/dinov3-convnext-tiny-pretrain-lvd1689m',
+        )
+    )
+)

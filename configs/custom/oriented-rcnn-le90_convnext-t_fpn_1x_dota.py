@@ -1,0 +1,28 @@
+# Oriented R-CNN on DOTA, by MMRotate, with FPN on all four maps.
+_base_ = 'mmrotate::oriented_rcnn/oriented-rcnn-le90_r50_fpn_1x_dota.py'
+custom_imports = dict(imports=['convnext_mm'])
+
+model = dict(
+    backbone=dict(
+        _delete_=True,
+        type='convnext_mm.ConvNeXt',
+        arch='tiny',
+        drop_path_rate=0.2,
+        layer_scale_init_value=1.0,
+        init_cfg=dict(
+            type='Pretrained',
+            checkpoint='https://dl.fbaipublicfiles.com/convnext/'
+            'convnext_tiny_1k_224_ema.pth',
+        ),
+    ),
+    neck=dict(in_channels=[96, 192, 384, 768]),
+)
+
+optim_wrapper = dict(
+    _delete_=True,
+    type='OptimWrapper',
+    constructor='convnext_mm.LayerDecayOptimWrapperConstructor',
+    # fused: the same update in one pass over the weights.
+    optimizer=dict(type='AdamW', lr=1e-4, weight_decay=0.05, fused=True),
+    paramwise_cfg=dict(decay_rate=0.95),
+)
