@@ -129,14 +129,13 @@ def by_windows(session, facts: dict, image: np.ndarray) -> np.ndarray:
         for x in range(max(width - crop_w + stride_w - 1, 0) // stride_w + 1):
             bottom = min(y * stride_h + crop_h, height)
             right = min(x * stride_w + crop_w, width)
-            part = np.s_[
-                max(bottom - crop_h, 0) : bottom, max(right - crop_w, 0) : right
-            ]
-            (logits,) = session.run(['logits'], {'images': as_input(image[part])})
+            top, left = max(bottom - crop_h, 0), max(right - crop_w, 0)
+            window = as_input(image[top:bottom, left:right])
+            (logits,) = session.run(['logits'], {'images': window})
             if np.isscalar(total):
                 total = np.zeros((1, logits.shape[1], height, width), np.float32)
-            total[:, :, *part] += logits
-            count[:, :, *part] += 1
+            total[:, :, top:bottom, left:right] += logits
+            count[:, :, top:bottom, left:right] += 1
     return total / count
 
 

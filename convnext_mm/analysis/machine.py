@@ -26,6 +26,9 @@ LIBRARIES = (
     'mmsegmentation',
     'onedl-mmpretrain',
     'mmpretrain',
+    'onnx',
+    'onnxruntime',
+    'onnxscript',
 )
 
 

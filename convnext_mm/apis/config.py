@@ -53,7 +53,13 @@ def load_config(
             library that needs mmcv's operators, and those do not import.
     """
     path = find_config(config)
-    cfg = Config.fromfile(path)
+    try:
+        cfg = Config.fromfile(path)
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f'{config} builds on a library that is not installed ({error}): see '
+            'docs/recipes.md'
+        ) from error
     if os.path.isdir(config):  # what its last start was asked for is not asked again
         cfg.resume = cfg.overwrite = False
     if cfg.get('default_scope') in NEED_OPERATORS:

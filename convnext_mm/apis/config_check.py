@@ -370,11 +370,27 @@ def _class(settings: Any, scope: str) -> Any:
 
 def _check_backbone(block: _Block) -> None:
     """That what reads the maps of our backbone takes them."""
+    _check_pooled(block)
     for name, reader, setting, right in _misfits(block):
         raise ConfigError(
             f'{name}.{setting}={reader.get(setting)} does not fit '
             f'{block.place}.backbone, which gives maps of {_out_channels(block)} '
             f'channels: it must be {right}'
+        )
+
+
+def _check_pooled(block: _Block) -> None:
+    """That a classifier's head gets pooled features, as mmpretrain's own ConvNeXt
+    gives them by default."""
+    place, content, scope = block
+    if content.get('neck') or not _out_channels(block):
+        return
+    takes_vectors = 'ClsHead' in _bases(_class(content.get('head'), scope))
+    if takes_vectors and not content['backbone'].get('gap_before_final_norm'):
+        raise ConfigError(
+            f'{place}.head takes pooled features, and {place}.backbone gives maps: '
+            'set gap_before_final_norm=True and out_indices=-1 in the backbone, which '
+            "are the defaults of mmpretrain's ConvNeXt only"
         )
 
 

@@ -49,7 +49,12 @@ def test_no_false_alarm(library):
     for path in shipped(library) if library else ours:
         try:
             cfg = Config.fromfile(path)
-        except (KeyError, OSError, RuntimeError):  # some of the shipped ones
+        except (
+            KeyError,
+            ModuleNotFoundError,
+            OSError,
+            RuntimeError,
+        ):  # some of the shipped ones
             continue
         before = str(cfg)
         for task, needed in NEEDED.items():
@@ -278,6 +283,11 @@ MAPS = [40, 80, 160, 320]
             CLASSIFIER,
             {'model.head.in_channels': 512},
             ['model.head.in_channels=512', 'must be 768'],
+        ),
+        (
+            CLASSIFIER,
+            {'model.backbone.gap_before_final_norm': False},
+            ['model.head takes pooled', 'gap_before_final_norm=True'],
         ),
         (
             'configs/custom/deeplabv3plus_convnext-t-d16_4xb4-160k_ade20k-512x512.py',

@@ -756,7 +756,10 @@ def test_configs_of_ours_import_the_gate():
         path for path in (ROOT / 'configs').rglob('*.py') if '_base_' not in path.parts
     ]
     for path in paths:
-        cfg = Config.fromfile(path, import_custom_modules=False)
+        try:
+            cfg = Config.fromfile(path, import_custom_modules=False)
+        except ModuleNotFoundError:  # of a base: MMRotate, MMPose
+            continue
         assert cfg.custom_imports.imports == ['convnext_mm'], path
 
 

@@ -277,13 +277,13 @@ TABLES: dict[str, dict[str, Callable[[dict[str, Result]], str]]] = {
 }
 
 
-def fill(text: str, name: str, table: str) -> str:
+def fill(text: str, name: str, table: str, marks: tuple[str, str] = MARKS) -> str:
     """``text`` with a table between its marks.
 
     Raises:
         ValueError: The marks are not there exactly once.
     """
-    start, end = (mark.format(name) for mark in MARKS)
+    start, end = (mark.format(name) for mark in marks)
     pattern = f'{re.escape(start)}\n.*?{re.escape(end)}'
     filled, count = re.subn(
         pattern, lambda _: f'{start}\n{table}\n{end}', text, flags=re.DOTALL

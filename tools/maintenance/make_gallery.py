@@ -5,6 +5,7 @@ the commands that the gallery names, on drawn shapes and the demos' models; with
 import argparse
 import functools
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -27,6 +28,7 @@ SPACE = 8  # pixels between two tiles
 QUALITIES = (1, 0.9, 0.8, 0.7)  # of the colours of a palette, or the best JPEG
 NEEDED = {
     'data/shapes': 'python -m convnext_mm.datasets data/shapes',
+    'work_dirs/demo': 'make demo',
     'work_dirs/demo-seg': 'make demo-seg',
 }
 HELD_OUT = 'data/shapes/images/validation'
@@ -54,6 +56,11 @@ class Picture(NamedTuple):
 
 
 COMMANDS = {
+    'detections.jpg': Picture(
+        [f'convnext-mm infer work_dirs/demo {HELD_OUT} --limit 6 --score 0.5'],
+        'pictures/*.png',
+        columns=3,
+    ),
     'segmentations.jpg': Picture(
         [
             f'convnext-mm infer work_dirs/demo-seg {HELD_OUT} --limit 4 '
@@ -105,7 +112,9 @@ def run_commands(picture: Picture, target: Path) -> Path:
         SystemExit: Data or a demo's model is missing, or a command failed.
     """
     for path, how in NEEDED.items():
-        if path in ' '.join(picture.commands) and not (ROOT / path).exists():
+        # work_dirs/demo is not work_dirs/demo-seg.
+        is_named = re.search(rf'{path}(?![\w-])', ' '.join(picture.commands))
+        if is_named and not (ROOT / path).exists():
             raise SystemExit(f'error: {path} is missing: make it with `{how}`')
     with tempfile.TemporaryDirectory() as folder:
         found = []

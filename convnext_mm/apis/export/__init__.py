@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
@@ -20,8 +21,9 @@ from convnext_mm.checkpoint.load import load_pretrained
 from convnext_mm.engine.errors import ConfigError
 from convnext_mm.models import StagedBackbone
 
+from .build import network_for
 from .check import compare, inputs_of, pictures, speed
-from .networks import Network, network_for
+from .networks import Network
 from .quantise import quantise
 from .targets import OLDEST_OPSET, OPSET, TARGETS, need, write
 
@@ -107,6 +109,8 @@ def export(
     _check_settings(to, part, dtype, int8, opset)
     if to == 'onnx':
         need('onnx', 'onnxscript', *(('onnxruntime',) if check or int8 else ()))
+    compared = pictures(images, shape)
+    examples = pictures(_pictures_in(int8), shape) if int8 else []
     network_name = type(model).__name__
     facts: dict[str, Any] = {}
     if isinstance(model, str):
@@ -116,7 +120,7 @@ def export(
         model = getattr(model, 'backbone', model)
     given = copy.deepcopy(model)
     network = network_for(model, DTYPES[dtype])
-    _check_shape(shape, network, facts)
+    _check_shape(shape, network)
     precision = 'int8' if int8 else dtype
     path = Path(out) if out else _default(network_name, part, precision, to)
     if path.suffix != TARGETS[to]:
@@ -125,10 +129,9 @@ def export(
     facts |= dict(
         inputs=_inputs(network, shape), outputs=network.outputs, dtype=precision
     )
-    compared = pictures(images, shape)
     operators = write(network, to, path, shape, opset, facts)
     if int8:
-        operators = _to_int8(path, network, int8, shape)
+        operators = _to_int8(path, network, examples)
     result = Exported(
         path,
         to,
@@ -173,9 +176,7 @@ def _check_settings(
             )
 
 
-def _check_shape(
-    shape: tuple[int, int] | None, network: Network, facts: dict[str, Any]
-) -> None:
+def _check_shape(shape: tuple[int, int] | None, network: Network) -> None:
     if shape is not None and min(shape) < network.min_size:
         raise ConfigError(
             f'--shape {shape[0]} {shape[1]}: the model takes '
@@ -256,24 +257,30 @@ def _resizing(cfg: Config) -> dict[str, Any]:
 
 
 def _to_int8(
-    path: Path, network: Network, folder: str, shape: tuple[int, int] | None
+    path: Path, network: Network, images: Sequence[np.ndarray]
 ) -> Counter[str]:
     import onnx
 
-    files = sorted(
-        str(file)
-        for file in Path(folder).rglob('*')
-        if file.suffix.lower() in IMAGE_FILES
-    )
+    with quiet():
+        quantise(path, path, inputs_of(network, images))
+    return Counter(node.op_type for node in onnx.load(path).graph.node)
+
+
+def _pictures_in(folder: str) -> list[str]:
+    """
+    Raises:
+        ConfigError: There are none.
+    """
+    files = [str(file) for file in Path(folder).rglob('*')]
+    files = sorted(f for f in files if Path(f).suffix.lower() in IMAGE_FILES)
     if not files:
         raise ConfigError(
-            f'--int8 {folder}: the folder holds no pictures '
-            f'({", ".join(sorted(IMAGE_FILES))})'
+            f'--int8 {folder}: '
+            + ('it holds no pictures' if Path(folder).is_dir() else 'no such folder')
+            + f'; give one with some ({", ".join(sorted(IMAGE_FILES))}), a hundred of '
+            'what the model will see'
         )
-    examples = inputs_of(network, pictures(files, shape))
-    with quiet():
-        quantise(path, path, examples)
-    return Counter(node.op_type for node in onnx.load(path).graph.node)
+    return files
 
 
 def _judge(result: Exported, precision: str) -> None:

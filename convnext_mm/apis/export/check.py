@@ -10,7 +10,6 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
-import torchvision
 from torch import Tensor, nn
 
 from convnext_mm.analysis.meter import Meter, Step
@@ -24,7 +23,7 @@ from .networks import Network
 
 # Of pictures: sides that 32 divides, and sides that nothing divides.
 SHAPES = (256, 320), (224, 224), (333, 237)
-SAME_BOX = 0.9  # IoU
+SAME_BOX = 0.02  # corners at most so far apart, of the image's longer side
 ROUNDS = 15
 
 
@@ -121,9 +120,9 @@ def compare(
     Returns:
         Name of a difference to its value. Of maps and logits: ``largest`` as a share
         of the largest value; of a segmentor ``classes``: share of pixels whose class
-        differs; of a detector: ``objects`` compared, ``unmatched`` ones (no box with
-        the same label and IoU 0.9), ``boxes`` in pixels, ``scores``, ``masks`` as a
-        share of their pixels.
+        differs; of a detector: ``objects`` compared, ``unmatched`` ones (none with the
+        same label there), ``boxes`` in pixels, ``scores``, ``masks`` as a share of
+        their pixels.
     """
     inputs = inputs_of(network, images)
     results = run_elsewhere(path, inputs)
@@ -157,12 +156,17 @@ def _compare_maps(
 def _compare_logits(
     model: Any, x: Tensor, image: np.ndarray, outputs: list[Tensor]
 ) -> dict[str, float]:
+    from mmseg.structures import SegDataSample
+
     logits, classes = outputs
     blue_first = [picture.flip(0).byte() for picture in x]
-    inputs = model.data_preprocessor(dict(inputs=blue_first))['inputs']
     size = x.shape[2:]
-    meta = dict(ori_shape=size, img_shape=size, pad_shape=size)
-    true = model.whole_inference(inputs, [meta] * len(x))
+    samples = [SegDataSample() for _ in x]
+    inputs = model.data_preprocessor(dict(inputs=blue_first, data_samples=samples))
+    padded = inputs['inputs'].shape[2:]
+    meta = dict(ori_shape=size, img_shape=padded, pad_shape=padded)
+    true = model.whole_inference(inputs['inputs'], [meta] * len(x))
+    true = true[:, :, : size[0], : size[1]]
     best = true.argmax(1) if true.shape[1] > 1 else classes
     return dict(
         largest=_share(logits, true), classes=float((classes != best).float().mean())
@@ -186,15 +190,16 @@ def _compare_objects(
     found = dict(objects=float(len(true)), unmatched=float(abs(len(boxes) - len(true))))
     if not len(boxes) or not len(true):
         return found
-    same = torchvision.ops.box_iou(true.bboxes, boxes)
-    same *= true.labels[:, None] == labels
-    overlap, index = same.max(1)
-    is_found = overlap > SAME_BOX
+    # Of those that lie there with the same label, the one with the closest score.
+    near = torch.cdist(true.bboxes, boxes, torch.inf) <= SAME_BOX * max(shape)
+    gap = (true.scores[:, None] - scores).abs()
+    gap[~near | (true.labels[:, None] != labels)] = torch.inf
+    least, index = gap.min(1)
+    is_found = least.isfinite()
     found['unmatched'] = max(found['unmatched'], float((~is_found).sum()))
     if not is_found.any():
         return found
-    index = index[is_found]
-    true = true[is_found]
+    index, true = index[is_found], true[is_found]
     found['boxes'] = float((boxes[index] - true.bboxes).abs().max())
     found['scores'] = float((scores[index] - true.scores).abs().max())
     if len(outputs) > 3:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from convnext_mm.engine.errors import ConfigError
 
-from .networks import Network, _Whole
+from .networks import Network, WholeNetwork
 
 
 class Boxes(NamedTuple):
@@ -27,7 +27,7 @@ class Boxes(NamedTuple):
     labels: Tensor
 
 
-class _Detector(_Whole):
+class _Detector(WholeNetwork):
     """Of one image. MMDetection's modules compute the maps; from there on this is
     MMDetection's arithmetic without branches that ask for values."""
 
@@ -39,11 +39,8 @@ class _Detector(_Whole):
         self.pad_value = float(model.data_preprocessor.pad_value)
 
     def maps(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Those of the neck; an image is padded as MMDetection pads it."""
-        height, width = images.shape[2:]
-        padding = (0, -width % self.divisor, 0, -height % self.divisor)
-        x = F.pad(self.normalise(images), padding, value=self.pad_value)
-        return self.model.extract_feat(x.to(self.dtype))
+        """Those of the neck."""
+        return self.model.extract_feat(self.prepare(images))
 
 
 class OneStageNetwork(_Detector):

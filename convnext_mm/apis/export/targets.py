@@ -53,7 +53,7 @@ def write(
     """Writes a network to a file.
 
     Args:
-        network: Of :func:`.networks.network_for`.
+        network: Of :func:`.build.network_for`.
         to: One of ``TARGETS``.
         path: Of the file.
         shape: Height and width, where they are fixed.
