@@ -322,3 +322,34 @@ def test_soft_nms_is_refused():
     model = one_stage('configs/custom/retinanet_convnext-t_fpn_1x_coco.py')
     model.test_cfg.nms = dict(type='soft_nms', iou_threshold=0.5)
     refused(model, ['soft_nms', 'type="nms"'])
+
+
+@slow
+def test_command(tmp_path, capsys):
+    """A work folder, as `convnext-mm infer` takes it, the backbone alone, int8."""
+    cfg = recipe_models.load(recipe_models.recipe('upernet'))
+    cfg.model = recipe_models.cut_down(cfg)
+    cfg.dump(tmp_path / 'toy.py')
+    model = built(cfg.model, 'mmseg')
+    torch.save(dict(state_dict=model.state_dict(), meta={}), tmp_path / 'iter_1.pth')
+    pictures = tmp_path / 'pictures'
+    pictures.mkdir()
+    cv2.imwrite(str(pictures / 'a.png'), draw_scene(np.random.default_rng(0), 96).image)
+    out = tmp_path / 'toy.onnx'
+    folder = ('export', str(tmp_path), '--out', str(out))
+    assert main([*folder, '--shape', '64', '96', '--int8', str(pictures)]) == 0
+    said = capsys.readouterr().out
+    assert f'{out}, ' in said and 'images (N, 3, 64, 96) fp32, red first' in said
+    assert 'QuantizeLinear' in said and 'of the pixels have another class' in said
+    assert 'time ' in said
+    facts = onnxruntime.InferenceSession(out).get_modelmeta().custom_metadata_map
+    facts = json.loads(facts['convnext_mm'])
+    assert facts['task'] == 'segmentation' and len(facts['classes']) == 150
+    assert facts['dtype'] == 'int8'
+    out = tmp_path / 'toy.torchscript'
+    options = ('--to', 'torchscript', '--part', 'backbone', '--dtype', 'fp16')
+    assert main([*folder[:3], str(out), *options, '--no-check']) == 0
+    assert 'leave --no-check out' in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(['export', str(tmp_path), '--to', 'tflite'])
+    assert 'error: --to tflite' in capsys.readouterr().err

@@ -63,6 +63,10 @@ RUN_BY = {
     ),
     'convnext-mm demo': (TRAINING + 'test_demo_shows_and_judges',),
     'convnext-mm doctor': ('tests/apis/test_doctor.py::test_fix',),
+    'convnext-mm export': (
+        'tests/apis/test_export.py::test_example_without_pytorch',
+        'tests/apis/test_export.py::test_command',
+    ),
     'convnext-mm infer': (
         'tests/apis/test_inference.py::test_command',
         'tests/apis/test_inference.py::test_ground_truth_stays',
@@ -89,6 +93,9 @@ RUN_BY = {
         'tests/tools/test_packaging.py::test_the_wheel_works_without_the_checkout',
         'tests/datasets/test_shapes.py::test_same_seed_same_files',
     ),
+    'examples/run_onnx.py': (
+        'tests/apis/test_export.py::test_example_without_pytorch',
+    ),
     'make demo': (TRAINING + 'test_demo_shows_and_judges',),
     'make demo-seg': ('tests/apis/test_segmentors.py::test_demo_shows_and_judges',),
     'make setup': (CI,),
@@ -96,6 +103,9 @@ RUN_BY = {
     'pytest': (CI,),
     'tools/dist_test.sh': (DIST,),
     'tools/dist_train.sh': (DIST,),
+    'tools/maintenance/compare_libraries.py': (
+        'tests/docs/test_blocks_comparison.py::test_mistakes',
+    ),
     'tools/maintenance/gpu_proof.sh': (GPU + 'test_smoke_run_of_the_proof',),
     'tools/maintenance/make_benchmark_tables.py': (
         'tests/apis/test_benchmark.py::test_tables_are_current',

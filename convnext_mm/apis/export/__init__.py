@@ -32,6 +32,7 @@ PARTS = ('model', 'backbone')
 # Share of the largest value, or pixels, that rounding explains; int8 is measured, not
 # judged.
 TOLERANCES = dict(fp32=1e-3, fp16=3e-2)
+CALIBRATED = 100  # pictures at most that ranges are taken from
 IMAGE_FILES = {'.jpg', '.jpeg', '.png', '.bmp', '.webp'}
 
 
@@ -90,8 +91,8 @@ def export(
         checkpoint: Weights, where ``model`` is a config.
         part: ``'model'`` or ``'backbone'``.
         dtype: ``'fp32'`` or ``'fp16'``, of weights and maps.
-        int8: Folder of pictures to find the ranges of activations with: products
-            become those of int8 (ONNX only).
+        int8: Folder of pictures to find the ranges of activations with, a hundred
+            of them at most: products become those of int8 (ONNX only).
         shape: Height and width, to fix them; else the file takes any.
         opset: Version of ONNX's operators.
         images: Pictures to compare on; drawn ones by default.
@@ -280,7 +281,7 @@ def _pictures_in(folder: str) -> list[str]:
             + f'; give one with some ({", ".join(sorted(IMAGE_FILES))}), a hundred of '
             'what the model will see'
         )
-    return files
+    return files[:: -(-len(files) // CALIBRATED)]
 
 
 def _judge(result: Exported, precision: str) -> None:
