@@ -29,6 +29,11 @@ V2 = dict(type='convnext_mm.ConvNeXt', arch=toys.ARCH, use_grn=True)
 TARGETS = targets.TARGETS
 
 
+@pytest.fixture(autouse=True)
+def short_timing(monkeypatch):
+    monkeypatch.setattr(check, 'ROUNDS', 2)
+
+
 def backbone(cfg=V1):
     return toys.randomise(MODELS.build(cfg))
 
@@ -71,8 +76,9 @@ def to_file(model, to, folder, **settings):
 
 
 @slow
-@pytest.mark.parametrize('to', TARGETS)
-@pytest.mark.parametrize('cfg', [V1, V2], ids=['v1', 'v2'])
+@pytest.mark.parametrize(
+    'cfg, to', [*((V1, to) for to in TARGETS), (V2, 'onnx')], ids=[*TARGETS, 'v2-onnx']
+)
 def test_backbone(tmp_path, cfg, to):
     result = to_file(backbone(cfg), to, tmp_path)
     assert 0 < result.differences['largest'] < 1e-5
@@ -114,7 +120,7 @@ def test_fixed_size(tmp_path):
 
 
 @slow
-@pytest.mark.parametrize('to', TARGETS)
+@pytest.mark.parametrize('to', ['onnx', 'torch-export'])
 def test_segmentor(tmp_path, to):
     """With pooled maps whose windows differ in size."""
     result = to_file(whole('upernet'), to, tmp_path)

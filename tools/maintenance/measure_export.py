@@ -70,7 +70,8 @@ def random_model(config: str, part: str) -> nn.Module:
         model.init_weights()
     with torch.no_grad():
         for name, param in model.named_parameters():
-            if 'cls' in name and param.dim() > 1:
+            # GRN begins as the identity, and classes begin alike.
+            if 'grn' in name or ('cls' in name and param.dim() > 1):
                 param += 0.1 * torch.randn_like(param)
     return model.eval()
 
