@@ -29,7 +29,7 @@ def main() -> int:
         print(f'{args.model} is a backbone: it gives maps, not results')
         return 1
     Path(args.out).mkdir(parents=True, exist_ok=True)
-    failed = 0
+    failed, written = 0, set()
     for picture in args.pictures:
         image = cv2.imread(picture)
         if image is None:
@@ -46,7 +46,14 @@ def main() -> int:
             drawn = draw_classes(image, classes, facts)
             there = [facts['classes'][i] for i in np.unique(classes)]
             print(f'{picture}: {", ".join(there)}')
-        cv2.imwrite(str(Path(args.out, Path(picture).stem + '.png')), drawn)
+        name = Path(picture).stem
+        if name in written:  # of another folder
+            name += f'-{len(written)}'
+        written.add(name)
+        file = str(Path(args.out, f'{name}.png'))
+        if not cv2.imwrite(file, drawn):
+            print(f'{file} cannot be written', file=sys.stderr)
+            failed = 1
     return failed
 
 
@@ -66,7 +73,7 @@ def resized(image: np.ndarray, session, facts: dict) -> np.ndarray:
     if not facts['keep_ratio']:
         return cv2.resize(image, tuple(facts['scale']))
     factor = min(long / max(image.shape[:2]), short / min(image.shape[:2]))
-    size = [int(side * factor + 0.5) for side in image.shape[1::-1]]
+    size = [max(1, int(side * factor + 0.5)) for side in image.shape[1::-1]]
     return cv2.resize(image, size)
 
 

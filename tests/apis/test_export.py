@@ -173,7 +173,8 @@ def test_detectors(tmp_path, model):
 
 
 def test_a_wrong_file_is_told(tmp_path, monkeypatch):
-    """The comparison can fail."""
+    """The comparison can fail, and an older file stays."""
+    (tmp_path / 'model.torchscript').write_text('older')
     given, run = backbone(), check.run_elsewhere
 
     def spoiled(path, inputs):
@@ -184,6 +185,8 @@ def test_a_wrong_file_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr(check, 'run_elsewhere', spoiled)
     with pytest.raises(ConfigError, match='differs from the model by more than'):
         to_file(given, 'torchscript', tmp_path)
+    assert [*tmp_path.iterdir()] == [tmp_path / 'model.torchscript']
+    assert (tmp_path / 'model.torchscript').read_text() == 'older'
 
 
 def test_a_lost_object_is_told():
@@ -268,6 +271,17 @@ def test_example_without_pytorch(tmp_path):
     assert drawn.shape == (224, 224, 3)
 
 
+def test_a_network_stays_as_it_is(tmp_path):
+    network = backbone().requires_grad_()
+    before = {k: v.clone() for k, v in network.state_dict().items()}
+    to_file(network, 'torchscript', tmp_path, dtype='fp16', check=False)
+    after = network.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[k], after[k]) for k in before)
+    assert all(p.requires_grad for p in network.parameters())
+    network.train()
+
+
 def test_facts_in_a_file(tmp_path):
     """What whoever runs it has to know."""
     result = to_file(backbone(), 'torchscript', tmp_path, check=False)
@@ -297,7 +311,14 @@ def test_mistakes(tmp_path, monkeypatch):
     refused(backbone(), ['--int8', 'onnx'], int8=str(tmp_path), to='torchscript')
     refused(backbone(), ['no such folder'], int8=str(tmp_path / 'none'))
     refused(backbone(), ['holds no pictures'], int8=str(tmp_path))
-    refused(backbone(), ['none.png', 'no picture'], images=['none.png'])
+    refused(backbone(), ['there is no picture none.png'], images=['none.png'])
+    refused(backbone(), ['--shape 0 64', 'pixels'], shape=(0, 64))
+    refused(backbone(), ['by its name'], checkpoint='weights.pth')
+    (tmp_path / 'x.onnx').mkdir()
+    refused(backbone(), ['x.onnx is a folder'], out=tmp_path / 'x.onnx')
+    (tmp_path / 'x.onnx').rmdir()
+    nowhere = '/proc/none/x.torchscript'
+    refused(backbone(), [nowhere, 'name another --out'], out=nowhere, to='torchscript')
     pooled = MODELS.build(V1 | dict(gap_before_final_norm=True, out_indices=-1))
     refused(pooled.eval(), ['vectors, not maps'])
     refused(nn.Linear(2, 2).eval(), ['Linear is no backbone'])

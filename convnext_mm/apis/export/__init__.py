@@ -1,6 +1,7 @@
 """Models as files that other programs run."""
 
 import copy
+import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -25,7 +26,7 @@ from .build import network_for
 from .check import compare, inputs_of, pictures, speed
 from .networks import Network
 from .quantise import quantise
-from .targets import OLDEST_OPSET, OPSET, TARGETS, need, write
+from .targets import EXAMPLE, OLDEST_OPSET, OPSET, TARGETS, need, write
 
 DTYPES = dict(fp32=torch.float32, fp16=torch.float16)
 PARTS = ('model', 'backbone')
@@ -55,8 +56,8 @@ class Exported:
     to: str
     inputs: str
     outputs: tuple[str, ...]
-    operators: Counter[str]
-    bytes: int
+    operators: Counter[str] = field(default_factory=Counter)
+    bytes: int = 0
     differences: dict[str, float] = field(default_factory=dict)
     time: float | None = None
 
@@ -82,7 +83,7 @@ def export(
     takes what its preprocessor gives. A segmentor gives logits (N, classes, H, W) and
     classes (N, H, W); a detector takes one image and gives boxes (n, 4), scores (n,),
     labels (n,) and masks (n, 28, 28) of ``max_per_img`` objects, score 0 where there
-    are fewer. See docs/export.md.
+    are fewer. A network of the caller's stays as it is. See docs/export.md.
 
     Args:
         model: What :func:`convnext_mm.infer` takes, or a network in evaluation mode.
@@ -107,52 +108,62 @@ def export(
             missing, or the file gives something else than the model.
         CheckpointError: The weights cannot be used.
     """
-    _check_settings(to, part, dtype, int8, opset)
+    _check_settings(to, part, dtype, int8, opset, shape)
     if to == 'onnx':
         need('onnx', 'onnxscript', *(('onnxruntime',) if check or int8 else ()))
+    precision = 'int8' if int8 else dtype
+    path = Path(out) if out else _default(model, part, precision, to)
+    _check_path(path, to)
     compared = pictures(images, shape)
     examples = pictures(_pictures_in(int8), shape) if int8 else []
-    network_name = type(model).__name__
     facts: dict[str, Any] = {}
     if isinstance(model, str):
-        network_name = Path(model).stem or Path(model).name
         model, facts = _load(model, checkpoint, part, cfg_options)
+    elif checkpoint is not None or cfg_options is not None:
+        raise ConfigError(
+            'checkpoint and cfg_options are for a model by its name: load the weights '
+            'into the network before it is exported'
+        )
     elif part == 'backbone' and not isinstance(model, StagedBackbone):
         model = getattr(model, 'backbone', model)
-    given = copy.deepcopy(model)
-    network = network_for(model, DTYPES[dtype])
-    _check_shape(shape, network)
-    precision = 'int8' if int8 else dtype
-    path = Path(out) if out else _default(network_name, part, precision, to)
-    if path.suffix != TARGETS[to]:
-        raise ConfigError(f'{path} does not end in {TARGETS[to]}, as files of {to} do')
-    path.parent.mkdir(parents=True, exist_ok=True)
+    network = network_for(copy.deepcopy(model), DTYPES[dtype])
+    _check_size(shape, network)
     facts |= dict(
         inputs=_inputs(network, shape), outputs=network.outputs, dtype=precision
     )
-    operators = write(network, to, path, shape, opset, facts)
-    if int8:
-        operators = _to_int8(path, network, examples)
-    result = Exported(
-        path,
-        to,
-        facts['inputs'],
-        network.outputs,
-        operators,
-        sum(file.stat().st_size for file in path.parent.glob(f'{path.name}*')),
-    )
-    if check:
-        result.differences = compare(given, network, path, compared)
-        _judge(result, precision)
-        if dtype == 'fp16':
-            network = network_for(given)
-        x = inputs_of(network, compared)[0]
-        result.time = speed(network, path, x, to)
+    result = Exported(path, to, facts['inputs'], network.outputs)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Whatever goes wrong, an older file stays as it is.
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            draft = Path(folder, path.name)
+            result.operators = write(network, to, draft, shape, opset, facts)
+            if int8:
+                result.operators = _to_int8(draft, network, examples)
+            if check:
+                result.differences = compare(model, network, draft, compared)
+                _judge(result, precision)
+                if dtype == 'fp16':
+                    network = network_for(copy.deepcopy(model))
+                (x,) = inputs_of(network, pictures((), shape or EXAMPLE))
+                result.time = speed(network, draft, x, to)
+            for file in Path(folder).iterdir():  # also weights beside it
+                result.bytes += file.stat().st_size
+                file.replace(path.with_name(file.name))
+    except OSError as error:
+        raise ConfigError(
+            f'{path} cannot be written ({error.strerror or error}): name another --out'
+        ) from error
     return result
 
 
 def _check_settings(
-    to: str, part: str, dtype: str, int8: str | None, opset: int
+    to: str,
+    part: str,
+    dtype: str,
+    int8: str | None,
+    opset: int,
+    shape: tuple[int, int] | None,
 ) -> None:
     for name, value, known in (
         ('--to', to, TARGETS),
@@ -164,6 +175,10 @@ def _check_settings(
     if int8 and (to != 'onnx' or dtype != 'fp32'):
         raise ConfigError(
             f'--int8 is for --to onnx --dtype fp32, not for {to} in {dtype}'
+        )
+    if shape is not None and min(shape) < 1:
+        raise ConfigError(
+            f'--shape {shape[0]} {shape[1]}: give pixels, such as 512 512'
         )
     if to == 'onnx':
         need('onnx')
@@ -177,7 +192,14 @@ def _check_settings(
             )
 
 
-def _check_shape(shape: tuple[int, int] | None, network: Network) -> None:
+def _check_path(path: Path, to: str) -> None:
+    if path.suffix != TARGETS[to]:
+        raise ConfigError(f'{path} does not end in {TARGETS[to]}, as files of {to} do')
+    if path.is_dir():
+        raise ConfigError(f'{path} is a folder: name a file with --out')
+
+
+def _check_size(shape: tuple[int, int] | None, network: Network) -> None:
     if shape is not None and min(shape) < network.min_size:
         raise ConfigError(
             f'--shape {shape[0]} {shape[1]}: the model takes '
@@ -196,7 +218,10 @@ def _inputs(network: Network, shape: tuple[int, int] | None) -> str:
     return f'images ({batch}, {network.channels}, {height}, {width}) {kind}'
 
 
-def _default(name: str, part: str, precision: str, to: str) -> Path:
+def _default(model: str | nn.Module, part: str, precision: str, to: str) -> Path:
+    name = type(model).__name__
+    if isinstance(model, str):
+        name = Path(model).stem or Path(model).resolve().name
     ending = '-backbone' if part == 'backbone' else ''
     return Path('outputs', f'{name}{ending}-{precision}{TARGETS[to]}')
 
@@ -297,7 +322,7 @@ def _judge(result: Exported, precision: str) -> None:
     lost = differences.get('unmatched', 0) > 0.1 * differences.get('objects', 0)
     if far or (lost and precision == 'fp32'):
         raise ConfigError(
-            f'{result.path} was written, but differs from the model by more than '
-            f'rounding explains: {differences}. Do not use it; report it with the '
-            'config'
+            f'what would be {result.path} differs from the model by more than rounding '
+            f'explains: {differences}. Nothing was kept (--no-check keeps it); report '
+            'it with the config'
         )

@@ -51,6 +51,8 @@ def pictures(
 
 
 def _read(file: str, shape: tuple[int, int] | None, scale: int | None) -> np.ndarray:
+    if not Path(file).is_file():
+        raise ConfigError(f'there is no picture {file}')
     image = cv2.imread(file)
     if image is None:
         raise ConfigError(f'{file} is no picture that can be read (JPEG, PNG, ...)')

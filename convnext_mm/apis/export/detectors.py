@@ -288,7 +288,7 @@ def _check_two_stage(model: Any) -> None:
     head = model.roi_head
     if type(model.rpn_head) is not RPNHead:
         _refuse(model.rpn_head, 'RPNHead')
-    _check_dense(model.rpn_head, model.test_cfg.rpn)
+    _check_dense(model.rpn_head, model.test_cfg.rpn, 'rpn.')
     if type(head) not in (StandardRoIHead, CascadeRoIHead):
         _refuse(head, 'StandardRoIHead and CascadeRoIHead')
     if head.with_shared_head:
@@ -303,25 +303,26 @@ def _check_two_stage(model: Any) -> None:
     for stage in _listed(head.mask_head) if head.with_mask else ():
         if type(stage) is not FCNMaskHead:
             _refuse(stage, 'FCNMaskHead')
-    _check_nms(head.test_cfg.nms)
+    _check_nms(head.test_cfg.nms, 'rcnn.')
 
 
-def _check_dense(head: Any, cfg: Any) -> None:
+def _check_dense(head: Any, cfg: Any, part: str = '') -> None:
     if getattr(head.loss_cls, 'custom_cls_channels', False):
         _refuse(head.loss_cls, 'losses on a class each')
     if cfg.get('nms_pre', -1) <= 0:
         raise ConfigError(
             f'nms_pre={cfg.get("nms_pre", -1)} of {type(head).__name__} keeps every '
-            'place of a map: set it in test_cfg, 1000 for example, to export the model'
+            'place of a map: set one to export the model, with --cfg-options '
+            f'model.test_cfg.{part}nms_pre=1000'
         )
-    _check_nms(cfg.nms)
+    _check_nms(cfg.nms, part)
 
 
-def _check_nms(cfg: Any) -> None:
+def _check_nms(cfg: Any, part: str) -> None:
     if cfg.get('type', 'nms') != 'nms' or cfg.get('class_agnostic', False):
         raise ConfigError(
             f'nms={dict(cfg)} cannot be exported: only type="nms" within each class '
-            'can; override it with --cfg-options model.test_cfg...nms.type=nms'
+            f'can; override it with --cfg-options model.test_cfg.{part}nms.type=nms'
         )
 
 
