@@ -24,6 +24,8 @@ from convnext_mm.datasets.errors import DataError, short
 from convnext_mm.engine.errors import ConfigError
 
 MISTAKES_SHOWN = 20
+REPEATED = 'pictures are listed more than once in their split, and are kept once'
+SHARED = 'pictures are in train and in val, and what val says is no forecast'
 
 
 class Split(NamedTuple):
@@ -94,6 +96,7 @@ def convert_data(
     """
     findings = Findings()
     opened = _open(source, kind, findings, classes, masks, first_pixel)
+    _compare_lists(opened, findings)
     if 'val' not in opened.splits and held_out:
         _hold_out(opened, held_out, findings)
     for split in opened.splits:
@@ -107,6 +110,7 @@ def convert_data(
         for split, paths in opened.splits.items()
     }
     names = _classes(opened, pictures, findings)
+    findings.drop_repeats()
     _refuse(findings, skip_mistakes)
     return Report(
         opened.kind,
@@ -167,14 +171,32 @@ def _open(
     return open_yolo(source, findings)
 
 
+def _compare_lists(source: Source, findings: Findings) -> None:
+    """Drops what a split lists again; a note on what two of them share."""
+    files: dict[str, dict[str, Path]] = {}
+    for split, paths in source.splits.items():
+        once = files[split] = {}
+        for path in paths:
+            file = os.path.realpath(path)
+            if file in once:
+                findings.notes[REPEATED].append(str(path))
+            else:
+                once[file] = path
+        source.splits[split] = list(once.values())
+    shared = files['train'].keys() & files.get('val', {}).keys()
+    if shared:
+        findings.notes[SHARED] += sorted(str(files['train'][file]) for file in shared)
+
+
 def _hold_out(source: Source, percent: int, findings: Findings) -> None:
     """Makes validation pictures of some for training, the same every time."""
     train = source.splits['train']
     number = max(1, round(len(train) * percent / 100))
     if number >= len(train):
         raise DataError(
-            f'{source.folder} has {len(train)} pictures, and none is left to train '
-            'on: add pictures, or hold none out (--held-out 0)'
+            f'{source.folder}: with {number} of {len(train)} held out for validation '
+            'no picture is left to train on: add pictures, or hold none out '
+            '(--held-out 0)'
         )
     held_out = set(random.Random(0).sample(train, number))
     source.splits['train'] = [path for path in train if path not in held_out]
@@ -202,8 +224,9 @@ def _read(
             findings.mistakes.append(str(mistake))
     if not pictures:
         raise DataError(
-            f'none of the {len(paths)} pictures of {split} can be used; the first: '
-            f'{findings.mistakes[-len(paths)]}'
+            f'none of the pictures of {split} ({len(paths)}) can be used; the first: '
+            f'{findings.mistakes[-len(paths)]}; correct that, or list other pictures '
+            f'for {split}'
         )
     return pictures
 
@@ -216,8 +239,8 @@ def _classes(
     met = {item.label for picture in everything for item in picture.objects}
     if not met:
         raise DataError(
-            f'{source.folder}: no object of {len(everything)} pictures can be used'
-            + ''.join(f'; {mistake}' for mistake in findings.mistakes[:3])
+            f'{source.folder}: no object of the pictures ({len(everything)}) can be '
+            'used' + ''.join(f'; {mistake}' for mistake in findings.mistakes[:3])
         )
     if source.classes is None:
         return sorted(met)

@@ -80,7 +80,7 @@ def command(source: Path, target: Path, **options: Any) -> None:
         console.print(f'left out: {mistake}')
     for kind, places in report.findings.notes.items():
         shown = ', '.join(places[:PLACES]) + ', ...' * (len(places) > PLACES)
-        console.print(f'{len(places)} {kind} ({shown})')
+        console.print(f'{kind}: {len(places)} ({shown})')
     splits = report.splits
     table = Table(report.kind, *splits, box=None, pad_edge=False)
     for name, values in (

@@ -14,6 +14,7 @@ from PIL import Image
 from .errors import DataError, short
 
 SUFFIXES = ('.bmp', '.jpeg', '.jpg', '.png', '.tif', '.tiff', '.webp')
+OTHER_SUFFIXES = ('.avif', '.gif', '.heic', '.heif', '.jfif', '.jp2', '.mpo', '.ppm')
 ORIENTATION = 0x0112  # EXIF tag
 ON_THEIR_SIDE = (5, 6, 7, 8)
 TURNED_WHEN_LOADED = ('JPEG', 'MPO', 'PNG')  # by OpenCV, and so by mmcv
@@ -21,6 +22,7 @@ TURNED_WHEN_LOADED = ('JPEG', 'MPO', 'PNG')  # by OpenCV, and so by mmcv
 ROUNDING = 0.01
 TURNED = 'pictures are turned by their EXIF orientation when loaded'
 CUT = 'boxes or polygons are cut off at the edge of their picture'
+OTHERS = f'files are none of {", ".join(SUFFIXES)}, and are left out'
 
 
 class Mistake(ValueError):
@@ -69,6 +71,11 @@ class Findings:
         default_factory=lambda: defaultdict(list)
     )
 
+    def drop_repeats(self) -> None:
+        """A picture of two splits is read twice, and wrong once."""
+        for found in (self.mistakes, *self.notes.values()):
+            found[:] = dict.fromkeys(found)
+
 
 @dataclass
 class Source:
@@ -116,9 +123,35 @@ def size_of(path: Path, findings: Findings) -> tuple[int, int]:
     return width, height
 
 
-def list_images(folder: Path) -> list[Path]:
-    """All image files below a folder, sorted."""
-    return sorted(path for path in folder.rglob('*') if path.suffix.lower() in SUFFIXES)
+def list_images(folder: Path, findings: Findings) -> list[Path]:
+    """All image files below a folder, sorted; a note on those of other types."""
+    found = sorted(folder.rglob('*'))
+    others = [str(path) for path in found if path.suffix.lower() in OTHER_SUFFIXES]
+    if others:
+        findings.notes[OTHERS] += others
+    return [path for path in found if path.suffix.lower() in SUFFIXES]
+
+
+def read_text(path: Path) -> str:
+    """Of a file in UTF-8, without its byte order mark.
+
+    Raises:
+        FileNotFoundError: There is none.
+        DataError: It cannot be read, or has another encoding.
+    """
+    try:
+        return path.read_text(encoding='utf-8-sig')
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise DataError(
+            f'{path} cannot be read ({error.strerror}): replace it'
+        ) from error
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f'{path} is no text in UTF-8 ({error.reason} at byte {error.start}): save '
+            'it as UTF-8'
+        ) from error
 
 
 def cut(
@@ -142,14 +175,24 @@ def check_classes(names: Any, place: str) -> list[str]:
         DataError: They are no distinct, non-empty names.
     """
     if isinstance(names, dict):
-        if sorted(names, key=str) != sorted(range(len(names)), key=str):
+        keys = [
+            int(key) if isinstance(key, str) and key.isdecimal() else key
+            for key in names
+        ]
+        if sorted(keys, key=str) != sorted(range(len(keys)), key=str):
             raise DataError(
                 f'{place}: the keys of names are {short(list(names))}: number the '
                 f'classes from 0 to {len(names) - 1}'
             )
-        names = [names[index] for index in range(len(names))]
+        names = [name for _, name in sorted(zip(keys, names.values()))]
     if not isinstance(names, list) or not names:
         raise DataError(f'{place}: names is {names!r}: give a list of class names')
+    for name in names:
+        if name is None or isinstance(name, bool):
+            raise DataError(
+                f'{place}: names has {name!r}, as which yaml reads a bare yes, no, on, '
+                'off, true, false, null or ~: put the name in quotes'
+            )
     names = [str(name).strip() for name in names]
     if '' in names or len(set(names)) < len(names):
         raise DataError(

@@ -16,6 +16,7 @@ from PIL import Image
 
 from .conversion import (
     ROUNDING,
+    SUFFIXES,
     TURNED,
     Findings,
     Labelled,
@@ -24,6 +25,7 @@ from .conversion import (
     Source,
     cut,
     list_images,
+    read_text,
     size_of,
 )
 from .errors import DataError
@@ -35,6 +37,7 @@ LINE = ' line'  # of an element; no XML attribute begins with a space
 BEGINS_AT_ZERO = re.compile(rb'<[xy]min>\s*0(\.0*)?\s*<')
 DIFFICULT = 'objects are difficult, and become crowds, which training ignores'
 FROM_ZERO = 'coordinates count from 0, not from 1 as in the format'
+EMPTY = 'lists have no pictures, and are left out'
 NO_MASK = 'objects have no pixel in SegmentationObject, and no mask'
 
 
@@ -89,10 +92,12 @@ def open_voc(
         raise DataError(f'{source} has no folder Annotations with xml files')
     root = source if annotations == source else annotations.parent
     folder = root / 'JPEGImages' if (root / 'JPEGImages').is_dir() else root
-    images = {path.stem: path for path in reversed(list_images(folder))}
+    images: dict[str, list[Path]] = {}
+    for path in list_images(folder, findings):
+        images.setdefault(path.stem, []).append(path)
     splits = {
-        split: [images.get(name, folder / f'{name}.jpg') for name in names]
-        for split, names in _names(root, annotations, masks).items()
+        split: [_image(name, images, folder, findings) for name in names]
+        for split, names in _names(root, annotations, masks, findings).items()
     }
     if first_pixel is None:
         zero = _first_from_zero(sorted(annotations.glob('*.xml')))
@@ -104,18 +109,39 @@ def open_voc(
     return Source('Pascal VOC', None, splits, folder, reader.read)
 
 
-def _names(root: Path, annotations: Path, masks: bool) -> dict[str, list[str]]:
+def _image(
+    name: str, images: dict[str, list[Path]], folder: Path, findings: Findings
+) -> Path:
+    """Of a name in a list, with or without its ending."""
+    if name not in images and name.lower().endswith(SUFFIXES):
+        name = Path(name).stem
+    path, *others = images.get(name, [folder / f'{name}.jpg'])
+    for other in others:
+        if other.resolve() != path.resolve():
+            findings.mistakes.append(
+                f'{other} and {path} share the file {name}.xml: give one of them '
+                'another name, or delete it'
+            )
+    return path
+
+
+def _names(
+    root: Path, annotations: Path, masks: bool, findings: Findings
+) -> dict[str, list[str]]:
     """Of the pictures of each split."""
     lists = root / 'ImageSets' / ('Segmentation' if masks else 'Main')
     found = {
         split: [
             MEMBER.sub('', line.strip())
-            for line in (lists / f'{split}.txt').read_text().splitlines()
+            for line in read_text(lists / f'{split}.txt').splitlines()
             if line.strip()
         ]
         for split in (*SPLITS, 'trainval')
         if (lists / f'{split}.txt').is_file()
     }
+    for split in [split for split in found if not found[split] and split != 'train']:
+        findings.notes[EMPTY].append(str(lists / f'{split}.txt'))
+        del found[split]
     together = found.pop('trainval', None)
     if 'train' not in found and together:
         found = {'train': together, **found}
@@ -157,6 +183,11 @@ def _parse(path: Path) -> ElementTree.Element:
         raise Mistake(f'{path} is no xml file ({error}): correct it') from None
     except Mistake as mistake:
         raise Mistake(f'{path}:{builder.line}: {mistake}') from None
+    except (ValueError, LookupError) as error:  # the encoding that it declares
+        raise Mistake(
+            f'{path} cannot be read ({error}): save it as UTF-8, with '
+            'encoding="utf-8" in its first line'
+        ) from None
 
 
 def _text(element: ElementTree.Element, tag: str) -> str:
@@ -215,7 +246,7 @@ class _Reader:
     ) -> None:
         """That the boxes are those of the picture as it is loaded."""
         element = root.find('size')
-        if element is None:
+        if element is None or not (_text(element, 'width') + _text(element, 'height')):
             return
         place = f'{file}:{element.get(LINE)}'
         try:

@@ -23,6 +23,7 @@ from .conversion import (
     check_classes,
     cut,
     list_images,
+    read_text,
     size_of,
 )
 from .errors import DataError, short
@@ -68,8 +69,8 @@ def open_yolo(source: Path, findings: Findings) -> Source:
     classes = check_classes(content.get('names'), str(path))
     if content.get('nc', len(classes)) != len(classes):
         raise DataError(
-            f'{path}: nc is {content["nc"]!r}, but names has {len(classes)} classes: '
-            'correct one of them'
+            f'{path}: nc is {content["nc"]!r}, but the number of names is '
+            f'{len(classes)}: correct one of them'
         )
     if 'kpt_shape' in content:
         raise DataError(
@@ -77,7 +78,7 @@ def open_yolo(source: Path, findings: Findings) -> Source:
             'not converted; give boxes or polygons'
         )
     splits = {
-        split: _pictures(content[split], content, path)
+        split: _pictures(content[split], content, path, findings)
         for split in SPLITS
         if content.get(split)
     }
@@ -86,9 +87,9 @@ def open_yolo(source: Path, findings: Findings) -> Source:
     everything = [picture for found in splits.values() for picture in found]
     if not any(_label_file(picture).is_file() for picture in everything):
         raise DataError(
-            f'none of {len(everything)} pictures has a label file; the first would be '
-            f'{_label_file(everything[0])}: put labels/ beside images/, with the same '
-            'folders in it'
+            f'none of the pictures ({len(everything)}) has a label file; the first '
+            f'would be {_label_file(everything[0])}: put labels/ beside images/, with '
+            'the same folders in it'
         )
     reader = _Reader(classes, findings, everything)
     return Source('YOLO', classes, splits, path.parent, reader.read)
@@ -96,23 +97,28 @@ def open_yolo(source: Path, findings: Findings) -> Source:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(path.read_text())
+        content = yaml.safe_load(read_text(path))
     except FileNotFoundError:
         raise DataError(f'{path} does not exist') from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise DataError(f'{path} is no yaml file ({error}): correct it') from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, 'problem_mark', None)
+        place = f'{path}:{mark.line + 1}' if mark else path
+        problem = getattr(error, 'problem', None) or str(error).splitlines()[0]
+        raise DataError(f'{place} is no yaml ({problem}): correct it') from None
     if not isinstance(content, dict):
         raise DataError(f'{path} has no keys: it needs path, train, val and names')
     return content
 
 
-def _pictures(entries: Any, content: dict[str, Any], path: Path) -> list[Path]:
+def _pictures(
+    entries: Any, content: dict[str, Any], path: Path, findings: Findings
+) -> list[Path]:
     """Of a split: a folder, a text file that lists pictures, or several."""
     found: list[Path] = []
     for entry in entries if isinstance(entries, list) else [entries]:
         place = _resolve(str(entry), str(content.get('path') or ''), path)
         if place.is_dir():
-            images = list_images(place)
+            images = list_images(place, findings)
             if not images:
                 raise DataError(f'{path}: the folder {place} holds no images')
             found += images
@@ -124,7 +130,7 @@ def _pictures(entries: Any, content: dict[str, Any], path: Path) -> list[Path]:
         else:
             found += [
                 place.parent / line.strip()
-                for line in place.read_text().splitlines()
+                for line in read_text(place).splitlines()
                 if line.strip()
             ]
     if not found:
@@ -177,12 +183,12 @@ class _Reader:
         width, height = size_of(path, self.findings)
         objects = []
         try:
-            lines = label_file.read_text().splitlines()
+            lines = read_text(label_file).splitlines()
         except FileNotFoundError:
             self.findings.notes[UNLABELLED].append(str(path))
             lines = []
-        except (OSError, UnicodeDecodeError) as error:
-            raise Mistake(f'{label_file} cannot be read as text ({error})') from None
+        except DataError as error:
+            raise Mistake(str(error)) from None
         seen = set()
         for number, line in enumerate(lines, start=1):
             place = f'{label_file}:{number}'

@@ -216,7 +216,8 @@ def test_int8(tmp_path):
         cv2.imwrite(str(tmp_path / f'{index}.png'), image)
     result = to_file(backbone(), 'onnx', tmp_path, int8=str(tmp_path))
     assert result.operators['QuantizeLinear'] > 10
-    assert 1e-4 < result.differences['largest'] < 0.2
+    # Random weights take badly to it.
+    assert 1e-4 < result.differences['largest'] < 0.5
 
 
 @pytest.mark.parametrize('size', [1, 2, 3, 6, (None, 4), (5, None)])
@@ -377,6 +378,5 @@ def test_command(tmp_path, capsys):
     options = ('--to', 'torchscript', '--part', 'backbone', '--dtype', 'fp16')
     assert main([*folder[:3], str(out), *options, '--no-check']) == 0
     assert 'leave --no-check out' in capsys.readouterr().out
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit, match='error: --to tflite'):
         main(['export', str(tmp_path), '--to', 'tflite'])
-    assert 'error: --to tflite' in capsys.readouterr().err

@@ -27,7 +27,7 @@ def source(tmp_path, monkeypatch):
 def test_what_it_says(source, capsys):
     main(['convert-data', 'labelled', 'data/own', '--held-out', '33'])
     said = capsys.readouterr().out
-    assert '2 pictures are held out' in said
+    assert 'since the data set names none: 2 (labelled/' in said
     rows = {line[:17].strip(): line[17:].split() for line in said.splitlines()}
     assert rows['pictures'] == rows['dog'] == ['4', '2']
     assert "data_root = 'data/own/'" in said and "classes = ('dog',)" in said

@@ -179,7 +179,7 @@ def test_voc_masks(tmp_path):
     assert any('no mask' in kind for kind in report.findings.notes)
     mask.resize((10, 10)).save(source / 'SegmentationObject/a.png')
     with pytest.raises(
-        DataError, match=r'none of the 1 pictures .*a.png has the shape'
+        DataError, match=r'none of the pictures of train .*a.png has the shape'
     ):
         convert_data(source, tmp_path / 'other', masks=True)
 
@@ -358,6 +358,8 @@ ENTITIES = '<!DOCTYPE a [<!ENTITY x "dog">]>\n' + xml(boxed('&x;', 5, 5, 9, 9))
         (ENTITIES, 'a.xml:1: it has a DOCTYPE'),
         (xml('', size=(61, 40)), 'a.xml:2: size is 61 x 40, but '),
         (None, 'a.xml does not exist'),
+        ('<?xml version="1.0" encoding="gb2312"?>\n<a/>', 'a.xml cannot be read (mul'),
+        ('<?xml version="1.0" encoding="klingon"?>\n<a/>', 'save it as UTF-8'),
     ],
 )
 def test_files_of_voc(text, reason, tmp_path):
@@ -392,9 +394,12 @@ def test_pictures_that_cannot_be_read(tmp_path):
         (dict(names='dog'), "names is 'dog': give a list"),
         (dict(names=['dog', 'dog']), 'must be distinct names'),
         (dict(names={1: 'dog', 2: 'cat'}), 'number the classes from 0 to 1'),
-        (dict(nc=80), 'nc is 80, but names has 2 classes'),
+        (dict(nc=80), 'nc is 80, but the number of names is 2'),
         (dict(kpt_shape=[17, 3]), 'labels with keypoints are not converted'),
         (dict(train=None), 'has no train'),
+        (dict(names=[True, 'cat']), 'names has True, as which yaml reads a bare yes'),
+        (dict(names=['dog', None]), 'names has None'),
+        (dict(names={'0': 'dog', 0: 'cat'}), 'number the classes from 0 to 1'),
         (dict(val='images/valid'), "'images/valid' does not exist"),
         (dict(val='labels'), 'holds no images'),
         (dict(val='data.yaml'), 'is neither a folder nor a .txt file'),
@@ -405,6 +410,103 @@ def test_yaml_files(settings, reason, tmp_path):
     with pytest.raises(DataError) as raised:
         convert_data(source, tmp_path / 'out')
     assert f'{source}/data.yaml' in str(raised.value) and reason in str(raised.value)
+
+
+def test_a_broken_yaml_file(tmp_path):
+    source = yolo(tmp_path / 'in', GOOD)
+    (source / 'data.yaml').write_text('train: images\nnames: [dog\nnc: 1\n')
+    with pytest.raises(DataError, match=r'data.yaml:3 is no yaml \(.*\): ') as raised:
+        convert_data(source, tmp_path / 'out')
+    assert '\n' not in str(raised.value)
+
+
+def test_names_numbered_with_text(tmp_path):
+    numbered = {str(index): f'class {index}' for index in reversed(range(11))}
+    source = yolo(tmp_path / 'in', GOOD, names=numbered)
+    report = convert_data(source, tmp_path / 'out')
+    assert report.classes == [f'class {index}' for index in range(11)]
+
+
+def test_pictures_listed_twice(tmp_path):
+    """In one split: kept once. In train and in val: kept, with a note."""
+    source = yolo(tmp_path / 'in', GOOD, train=['images/train', 'list.txt'])
+    (source / 'list.txt').write_text('images/train/../train/2.png\nimages/val/3.png\n')
+    report = convert_data(source, tmp_path / 'out')
+    assert [s.pictures for s in report.splits.values()] == [3, 1]
+    repeated, shared = report.findings.notes.items()
+    assert 'more than once' in repeated[0] and len(repeated[1]) == 1
+    assert 'no forecast' in shared[0] and shared[1] == [f'{source}/images/val/3.png']
+    files = {'a': xml(boxed('dog', 5, 5, 9, 9, difficult=1))}
+    source = voc(tmp_path / 'voc', dict(train=files, val=files))
+    (source / 'ImageSets/Main/train.txt').write_text('a\na\n')
+    report = convert_data(source, tmp_path / 'of_voc')
+    assert report.splits['train'].pictures == 1
+    assert [len(places) for places in report.findings.notes.values()] == [1, 1, 1]
+
+
+def test_lists_of_voc(tmp_path):
+    """Empty ones, a byte order mark, endings, and another encoding."""
+    files = {name: xml(boxed('dog', 5, 5, 9, 9)) for name in 'abcde'}
+    source = voc(tmp_path / 'in', dict(train=files, val={}, test={}))
+    train = source / 'ImageSets/Main/train.txt'
+    train.write_text('a.jpg\nb.JPG\nc\nd\ne\n', encoding='utf-8-sig')
+    report = convert_data(source, tmp_path / 'out')
+    assert [(n, s.pictures) for n, s in report.splits.items()] == [
+        ('train', 4),
+        ('val', 1),
+    ]
+    [empty] = [p for kind, p in report.findings.notes.items() if 'lists' in kind]
+    assert [Path(path).name for path in empty] == ['val.txt', 'test.txt']
+    train.write_bytes('ä'.encode('latin-1'))
+    with pytest.raises(DataError, match='train.txt is no text in UTF-8'):
+        convert_data(source, tmp_path / 'other')
+    train.write_text('')
+    with pytest.raises(DataError, match='lists no pictures to train on'):
+        convert_data(source, tmp_path / 'other')
+
+
+def test_encodings_of_yolo(tmp_path):
+    source = yolo(tmp_path / 'in', GOOD, train='list.txt')
+    listed = source / 'list.txt'
+    listed.write_text('images/train/1.png\n', encoding='utf-8-sig')
+    label = source / 'labels/train/1.txt'
+    label.write_text(GOOD['train/1'], encoding='utf-8-sig')
+    assert convert_data(source, tmp_path / 'out').splits['train'].objects == 2
+    for path in (label, listed):
+        path.write_bytes('ä'.encode('latin-1'))
+        with pytest.raises(DataError, match=f'{path} is no text in UTF-8'):
+            convert_data(source, tmp_path / 'other')
+
+
+def test_pictures_of_one_name_in_voc(tmp_path):
+    files = {name: xml(boxed('dog', 5, 5, 9, 9)) for name in 'ab'}
+    source = voc(tmp_path / 'in', dict(train=files, val=files))
+    (source / 'JPEGImages/b.png').symlink_to('b.jpg')  # the same picture
+    photo(source / 'JPEGImages/a.png')
+    with pytest.raises(DataError, match=r'1 mistake, .*\n.*a.png and .*a.jpg share'):
+        convert_data(source, tmp_path / 'out')
+
+
+@pytest.mark.parametrize('size', ['', '<width></width><height> </height>'])
+def test_no_size_in_voc(size, tmp_path):
+    text = f'<annotation><size>{size}</size>{boxed("dog", 5, 5, 9, 9)}</annotation>'
+    source = voc(tmp_path / 'in', dict(train={'a': text}, val={'a': text}))
+    assert convert_data(source, tmp_path / 'out').splits['train'].objects == 1
+
+
+def test_files_of_other_types(tmp_path):
+    source = yolo(tmp_path / 'in', GOOD)
+    path = photo(source / 'images/train/4.gif')
+    report = convert_data(source, tmp_path / 'out')
+    [(kind, places)] = report.findings.notes.items()
+    assert 'none of .bmp, .jpeg' in kind and places == [str(path)]
+
+
+def test_a_split_of_broken_pictures(tmp_path):
+    source = yolo(tmp_path / 'in', GOOD)
+    (source / 'images/val/3.png').write_text('broken')
+    with pytest.raises(DataError, match='; correct that, or list other .* for val'):
+        convert_data(source, tmp_path / 'out', skip_mistakes=True)
 
 
 def test_what_is_given(tmp_path):
@@ -425,7 +527,7 @@ def test_what_is_given(tmp_path):
     (source / 'labels/train/1.txt').unlink()
     for path in source.glob('labels/*/*.txt'):
         path.unlink()
-    with pytest.raises(DataError, match='none of 3 pictures has a label file'):
+    with pytest.raises(DataError, match='none of the pictures .3. has a label file'):
         convert_data(source, tmp_path / 'out', kind='yolo')
     two = voc(tmp_path / 'two/a', {}), voc(tmp_path / 'two/b', {})
     for folder in two:
