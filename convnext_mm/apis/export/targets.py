@@ -37,8 +37,8 @@ def need(*packages: str) -> None:
             import_module(package)
         except ImportError as error:
             raise ConfigError(
-                f'{package} is needed for this and does not import ({error}): pip '
-                "install 'convnext-mm[export]', or onnx onnxruntime onnxscript"
+                f'{package} is needed for this and does not import ({error}): '
+                'pip install onnx onnxruntime onnxscript'
             ) from None
 
 
