@@ -21,7 +21,7 @@ from convnext_mm.datasets.errors import DataError
 from convnext_mm.datasets.worker_failures import explain_runtime_failure
 from convnext_mm.engine import supervision
 from convnext_mm.engine.agreement import Interrupted
-from convnext_mm.engine.errors import ConfigError, TrainingError, address_of
+from convnext_mm.engine.errors import ConfigError, TrainingError, last_lines
 
 from .config_check import follow_backbone
 from .quiet import quiet
@@ -67,7 +67,10 @@ def load_config(
         _import_quietly(cfg.default_scope)
     cfg.launcher = launcher
     if cfg_options is not None:
-        cfg.merge_from_dict(cfg_options)
+        try:
+            cfg.merge_from_dict(cfg_options)
+        except (TypeError, KeyError, IndexError) as error:
+            raise ConfigError(f'cfg_options: {shown(error.args[0], 300)}') from error
         given = {name for name in cfg_options if name.startswith('model.')}
         if any(name.startswith('model.backbone.') for name in given):
             follow_backbone(cfg)
@@ -144,7 +147,7 @@ def short_errors() -> Iterator[None]:
         yield
     except (CheckpointError, ConfigError, DataError, TrainingError) as error:
         supervision.report(str(error), mendable=False)
-        raise SystemExit(f'error: {error}\nMore: {address_of(error)}') from None
+        raise SystemExit(last_lines(error)) from None
     except Interrupted as stop:
         print(stop.message, file=sys.stderr)
         if stop.alone:
@@ -157,9 +160,7 @@ def short_errors() -> Iterator[None]:
         )
         place = _log_traceback()
         supervision.report(sentence, supervision.is_mendable(error))
-        raise SystemExit(
-            f'error: {sentence}{place}\nMore: {address_of(error)}'
-        ) from None
+        raise SystemExit(last_lines(error, f'{sentence}{place}')) from None
 
 
 def _log_traceback() -> str:

@@ -16,6 +16,7 @@ def command(copy: str | None) -> None:
     import shutil
 
     from convnext_mm.apis.zoo import configs_folder
+    from convnext_mm.engine.errors import last_lines
 
     if copy is None:
         click.echo(configs_folder())
@@ -24,8 +25,12 @@ def command(copy: str | None) -> None:
         shutil.copytree(
             configs_folder(), copy, ignore=shutil.ignore_patterns('__pycache__')
         )
-    except FileExistsError:
-        raise SystemExit(f'error: {copy} exists: name a new folder') from None
+    except FileExistsError as error:
+        raise SystemExit(
+            last_lines(error, f'{copy} exists: name a new folder')
+        ) from None
     except OSError as error:
-        raise SystemExit(f'error: {copy} cannot be written: {error}') from None
+        raise SystemExit(
+            last_lines(error, f'{copy} cannot be written: {error}')
+        ) from None
     click.echo(f'copied to {copy}')

@@ -12,6 +12,12 @@ def address_of(error: BaseException) -> str:
     return f'{TROUBLESHOOTING}#{getattr(error, "anchor", OTHER)}'
 
 
+def last_lines(error: BaseException, sentence: str | None = None) -> str:
+    """What a program that an error ends says last: one sentence, by default the
+    error's own, and where more is said."""
+    return f'error: {sentence or error}\nMore: {address_of(error)}'
+
+
 class ConfigError(ValueError):
     """A setting or path is wrong; the message says which and what to do.
 

@@ -26,7 +26,7 @@ from torch.distributed.elastic.rendezvous import RendezvousConnectionError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from .agreement import REQUEUE, SIGNALS
-from .errors import ConfigError
+from .errors import ConfigError, last_lines
 from .network import check_port, free_port, own_address
 from .supervision import FOLDER, LAUNCHER, STALLED, read_reports
 
@@ -309,7 +309,7 @@ def main(arguments: Sequence[str]) -> int:
         elif settings.node_rank == 0:
             check_port(settings.port)
     except ConfigError as error:
-        _say(f'error: {error}')
+        _say(last_lines(error))
         return 2
     return Launcher(arguments, settings).run()
 

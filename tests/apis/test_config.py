@@ -132,6 +132,20 @@ def test_work_dir_defaults_to_the_config_name():
     assert cfg.train_cfg.max_iters == 3
 
 
+@pytest.mark.parametrize(
+    'option, said',
+    [
+        ({'model.backbone.arch': dict(depths=(1,) * 4)}, '_delete_=True'),
+        ({'train_pipeline.99.type': 'Resize'}, 'Index 99 exceeds'),
+        ({'train_dataloader.batch_size.x': 1}, 'batch_size'),
+    ],
+)
+def test_options_that_do_not_fit(option, said):
+    with pytest.raises(ConfigError, match=f'^cfg_options: .*{said}') as caught:
+        load_config(RECIPE, cfg_options=option)
+    assert len(str(caught.value)) < 500
+
+
 def model_with_sync_bn():
     norm = dict(type='SyncBN', requires_grad=True)
     return dict(

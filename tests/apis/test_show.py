@@ -349,7 +349,7 @@ def test_rates_are_those_of_the_optimizer(words):
     pytest.importorskip('mmdet')
     pytest.importorskip('mmseg')
     path, epoch_length = recipe(*words), 20
-    cfg = copy.deepcopy(load(path))
+    cfg = load(path)
     if 'max_iters' in cfg.train_cfg:
         cfg.train_cfg.max_iters = 720
     schedule = schedule_of(cfg, epoch_length)

@@ -170,7 +170,11 @@ def test_names():
     [
         ('mask-rcnn_convnet-t', None, 'did you mean mask-rcnn_convnext-t'),
         ('nothing-like-it', None, '`convnext-mm zoo` lists'),
-        ('docs/images/demo.png', None, 'neither a config nor the name of a model'),
+        (
+            'docs/images/detections.jpg',
+            None,
+            'neither a config nor the name of a model',
+        ),
         ('configs/custom/retinanet_convnext-t_fpn_1x_coco.py', None, 'is a config'),
         ('mask-rcnn_convnext-v2-b-fcmae-pre_fpn_8xb4-amp-lsj-3x_coco', None, 'recipe'),
     ],

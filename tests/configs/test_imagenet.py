@@ -293,7 +293,7 @@ def test_trains_and_evaluates(tmp_path, monkeypatch):
 def test_missing_data_names_the_folder(tmp_path, monkeypatch):
     from convnext_mm.datasets.data_paths import check_data
 
-    cfg = copy.deepcopy(load(PATHS[0]))
+    cfg = load(PATHS[0])
     cfg.train_dataloader.dataset.data_root = str(tmp_path)
     with pytest.raises(ValueError, match="train'.*image-net.org"):
         check_data(cfg, ['train_dataloader'])

@@ -26,9 +26,13 @@ RECIPES = sorted(
 
 
 @cache
-def load(path: str) -> Config:
-    """A config, to be read only."""
+def _read(path: str) -> Config:
     return Config.fromfile(ROOT / path)
+
+
+def load(path: str) -> Config:
+    """A config; changing it changes no other test's."""
+    return copy.deepcopy(_read(path))
 
 
 @lru_cache(maxsize=2)
@@ -41,7 +45,7 @@ def model_of(path: str):
 def optim_wrapper_of(path: str):
     """Its optimizer wrapper, built by its constructor."""
     init_default_scope(load(path).default_scope)
-    return build_optim_wrapper(model_of(path), copy.deepcopy(load(path).optim_wrapper))
+    return build_optim_wrapper(model_of(path), load(path).optim_wrapper)
 
 
 def learning_rates(cfg, optimizer, epoch_length, num_iters, sample):

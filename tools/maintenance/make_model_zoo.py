@@ -38,7 +38,6 @@ SECTIONS = {
     'roadmap': 'From ResNet to ConvNeXt',
     'robustness': 'ImageNet classification, robustness',
     'demo': 'Small runs',
-    'custom': 'Examples for own configs',
 }
 NOTES = {
     'roadmap': 'Each config is any of the seventeen steps of its regime: '
