@@ -38,7 +38,8 @@ def select_impl(impl: str, x: Tensor) -> Implementation:
 
     ``'auto'`` is the best that the device, dtype and shape of ``x`` allow; it
     never fails. The environment variable ``CONVNEXT_MM_IMPL`` overrides
-    ``impl``. What runs is logged when it is first picked.
+    ``impl``. An exporter sees ``'eager'``, whatever is asked for: a file holds
+    PyTorch's operators. What runs is logged when it is first picked.
 
     Raises:
         ValueError: ``CONVNEXT_MM_IMPL`` or ``impl`` is no known name.
@@ -50,7 +51,7 @@ def select_impl(impl: str, x: Tensor) -> Implementation:
     if impl not in IMPL_NAMES:
         raise ValueError(f'unknown {source} {impl!r}; one of {IMPL_NAMES}')
     name = _best(x) if impl == 'auto' else impl
-    if name in ('lean', 'lean+') and not lean.available():
+    if _is_exporting() or (name in ('lean', 'lean+') and not lean.available()):
         name = 'eager'
     if name == 'triton':
         reason = triton.why_not(x)
@@ -79,18 +80,25 @@ def _best(x: Tensor) -> str:
     return 'eager'
 
 
-def _needs_plain_operators() -> bool:
-    """Whether something looks at the network that knows PyTorch's operators
-    only: exporters, FLOP counters, forward-mode differentiation, torch.func."""
+def _is_exporting() -> bool:
+    """Whether TorchScript, ``torch.export`` or ONNX is being written, or something
+    counts FLOPs by tracing."""
     # Older PyTorch cannot tell that it exports.
     is_exporting = getattr(torch.compiler, 'is_exporting', lambda: False)
-    if torch.compiler.is_compiling():
-        return is_exporting()
-    return (
-        torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-        or is_exporting()
+    return is_exporting() or (
+        not torch.compiler.is_compiling()
+        and torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    )
+
+
+def _needs_plain_operators() -> bool:
+    """Whether something looks at the network that knows PyTorch's operators
+    only: exporters, forward-mode differentiation, torch.func."""
+    if _is_exporting():
+        return True
+    return not torch.compiler.is_compiling() and (
         # PyTorch has no public names for these. What cannot tell may be watched.
-        or not has('torch.autograd.forward_ad._current_level')
+        not has('torch.autograd.forward_ad._current_level')
         or torch.autograd.forward_ad._current_level >= 0
         or not has('torch._C._functorch.peek_interpreter_stack')
         or torch._C._functorch.peek_interpreter_stack() is not None

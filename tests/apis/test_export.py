@@ -346,6 +346,16 @@ def test_other_heads_are_refused(path, name):
     refused(model, [name, '--part backbone'], check=False)
 
 
+@pytest.mark.parametrize('impl', ['lean+', 'triton'])
+@pytest.mark.parametrize('to', ['torch-export', 'torchscript'])
+def test_any_implementation(impl, to, tmp_path):
+    """The config of a training may ask for what no file can hold."""
+    model = backbone(dict(V1, impl=impl))
+    path = tmp_path / f'model{TARGETS[to]}'
+    convnext_mm.export(model, to, path, check=False)
+    assert path.stat().st_size
+
+
 def test_soft_nms_is_refused():
     model = one_stage('configs/custom/retinanet_convnext-t_fpn_1x_coco.py')
     model.test_cfg.nms = dict(type='soft_nms', iou_threshold=0.5)

@@ -72,7 +72,10 @@ def random_model(config: str, part: str) -> nn.Module:
         for name, param in model.named_parameters():
             # GRN begins as the identity, and classes begin alike.
             if 'grn' in name or ('cls' in name and param.dim() > 1):
-                param += 0.1 * torch.randn_like(param)
+                fan_in = param[0].numel()
+                # As much in a 3 x 3 convolution would make all scores 1.
+                std = 0.1 if fan_in <= 1024 else (2 / fan_in) ** 0.5
+                param += std * torch.randn_like(param)
     return model.eval()
 
 
