@@ -86,8 +86,7 @@ def _is_exporting() -> bool:
     # Older PyTorch cannot tell that it exports.
     is_exporting = getattr(torch.compiler, 'is_exporting', lambda: False)
     return is_exporting() or (
-        not torch.compiler.is_compiling()
-        and torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+        not torch.compiler.is_compiling() and torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
     )
 
 
