@@ -23,6 +23,8 @@ def main() -> int:
     parser.add_argument('--out', default='found', help='folder for pictures')
     parser.add_argument('--score', type=float, default=0.3)
     args = parser.parse_args()
+    if not Path(args.model).is_file():
+        parser.error(f'there is no file {args.model}')
     session = onnxruntime.InferenceSession(args.model)
     facts = facts_of(session)
     if 'task' not in facts:
@@ -44,7 +46,8 @@ def main() -> int:
         else:
             classes = segment(session, facts, image)
             drawn = draw_classes(image, classes, facts)
-            there = [facts['classes'][i] for i in np.unique(classes)]
+            found = zip(*np.unique(classes, return_counts=True))
+            there = [f'{facts["classes"][i]} {n / classes.size:.1%}' for i, n in found]
             print(f'{picture}: {", ".join(there)}')
         name = Path(picture).stem
         if name in written:  # of another folder

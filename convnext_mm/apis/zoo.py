@@ -225,6 +225,11 @@ def find_config(name: str) -> Path:
     if name == file:
         for path in configs_folder().rglob(f'{glob.escape(Path(name).stem)}.py'):
             return path
+    # As the documentation writes it, where there is no checkout.
+    elif Path(name).parts[0] == 'configs':
+        path = configs_folder().joinpath(*Path(name).parts[1:])
+        if path.is_file():
+            return path
     files = {
         p.name: p for p in Path('configs').rglob('*.py') if '_base_' not in p.parts
     }
@@ -237,7 +242,8 @@ def find_config(name: str) -> Path:
         + (
             f': did you mean {" or ".join(close)}?'
             if close
-            else '; give the path of a config, or a name that `convnext-mm zoo` lists'
+            else '; give the path of a config, a name that `convnext-mm zoo` lists, or '
+            'that of a file in the folder that `convnext-mm configs` prints'
         )
     )
 

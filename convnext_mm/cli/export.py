@@ -17,7 +17,7 @@ Examples:
   convnext-mm export upernet_convnext-t --to torch-export --dtype fp16
   convnext-mm export mask-rcnn_convnext-t --shape 800 1344 --out mask-rcnn.onnx
   convnext-mm export my_config.py --checkpoint iter_40000.pth --part backbone
-  convnext-mm export work_dirs/demo --int8 data/shapes/images/train""",
+  convnext-mm export work_dirs/demo --int8 data/shapes/images/training""",
 )
 @click.argument('model', shell_complete=complete_model)
 @click.option(
@@ -67,8 +67,9 @@ Examples:
 @click.option(
     '--images',
     multiple=True,
-    metavar='FILE',
-    help='Pictures to compare file and model on.  [default: drawn shapes]',
+    metavar='PATH',
+    help='Pictures, or folders of them, to compare file and model on.  [default: '
+    'drawn shapes]',
 )
 @click.option(
     '--check/--no-check',

@@ -116,16 +116,16 @@ def command(
             **options,
         )
     except KeyboardInterrupt:
-        _report(result, out)
+        _report(result, out, options['score'])
         print('Stopped: what was found until then is written.', file=sys.stderr)
         return 130
     finally:
         signal.signal(signal.SIGTERM, before)
-    _report(result, out)
+    _report(result, out, options['score'])
     return 1 if result.failures else 0
 
 
-def _report(result: Any, out: str) -> None:
+def _report(result: Any, out: str, score: float) -> None:
     from rich.console import Console
 
     from convnext_mm.checkpoint.errors import shown
@@ -143,7 +143,7 @@ def _report(result: Any, out: str) -> None:
         + (
             f': {most}'
             if most
-            else ': nothing was found with a score of --score or more'
+            else f': nothing was found with a score of {score} or more'
         )
         + (', ...' if len(result.objects) > SHOWN else ''),
         markup=False,

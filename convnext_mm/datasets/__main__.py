@@ -2,8 +2,6 @@
 
 import argparse
 
-from convnext_mm.engine.errors import last_lines
-
 from .shapes import CLASSES, write_shapes
 
 
@@ -26,7 +24,7 @@ def main() -> None:
     try:
         write_shapes(args.out, args.train, args.val, args.size, args.seed)
     except (ValueError, OSError) as error:
-        raise SystemExit(last_lines(error)) from None
+        raise SystemExit(f'error: {error}') from None
 
 
 if __name__ == '__main__':

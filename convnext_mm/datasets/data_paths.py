@@ -118,6 +118,11 @@ def _check_evaluator(cfg: Config, loader: str, datasets: list[ConfigDict]) -> No
             raise DataError(
                 f'{name}.ann_file is {str(theirs)!r}, but {loader} loads '
                 f'{str(ours)!r}: give both the same file'
+                + (
+                    '; where it is data_root + name, data_root ends with a slash'
+                    if str(theirs).replace('/', '') == str(ours).replace('/', '')
+                    else ''
+                )
             )
 
 

@@ -26,6 +26,22 @@ class ConfigError(ValueError):
     anchor = 'config-error'
 
 
+class WorkFolderError(ConfigError):
+    """The folder of a run holds, or is, another run's.
+
+    See ``docs/troubleshooting.md#a-folder-that-holds-checkpoints``."""
+
+    anchor = 'a-folder-that-holds-checkpoints'
+
+
+class UnusedParametersError(ConfigError):
+    """Parameters that train have no part in the loss.
+
+    See ``docs/troubleshooting.md#parameters-without-gradient``."""
+
+    anchor = 'parameters-without-gradient'
+
+
 class TrainingError(RuntimeError):
     """Training came to a state from which it cannot go on; the message says which
     and what to do.

@@ -17,7 +17,7 @@ from convnext_mm.checkpoint import CheckpointError, CheckpointFileError, read_ch
 from convnext_mm.checkpoint.errors import shown
 from convnext_mm.checkpoint.write import PARTIAL
 
-from .errors import ConfigError
+from .errors import ConfigError, WorkFolderError
 
 LOCK = '.lock'
 POINTER = 'last_checkpoint'  # names the newest checkpoint, for MMEngine
@@ -121,11 +121,11 @@ def check_unused(
         folder, work_dir: Of :func:`resumable`.
 
     Raises:
-        ConfigError: The folder holds checkpoints.
+        WorkFolderError: The folder holds checkpoints.
     """
     found = resumable(folder, work_dir)
     if found:
-        raise ConfigError(
+        raise WorkFolderError(
             f'{folder} holds checkpoints of a run, the last is {found[0].name}: go on '
             'with --resume, take another --work-dir, or delete them with --overwrite'
         )
@@ -135,7 +135,7 @@ def check_newest(path: str | os.PathLike, folder: str | os.PathLike) -> None:
     """Before a run that goes on from one of several checkpoints.
 
     Raises:
-        ConfigError: The folder holds newer ones, which would mix with this run's.
+        WorkFolderError: The folder holds newer ones, which would mix with this run's.
     """
     path = Path(path)
     done = progress(path)
@@ -144,7 +144,7 @@ def check_newest(path: str | os.PathLike, folder: str | os.PathLike) -> None:
     else:
         newer = [p for p in checkpoints(folder) if (progress(p) or done) > done]
     if newer:
-        raise ConfigError(
+        raise WorkFolderError(
             f'{folder} holds {newer[0].name}, and the run is to go on from {path}: '
             'the checkpoints of both would mix; take another --work-dir, or delete '
             'what is newer with --overwrite'
@@ -165,7 +165,7 @@ def clear(
         needed: What the run is to start from.
 
     Raises:
-        ConfigError: It would be deleted.
+        WorkFolderError: It would be deleted.
     """
     folder = Path(folder)
     done = (
@@ -182,7 +182,7 @@ def clear(
         old += folder.glob('best_*.pth')
     old = [path for path in old if not keep or path.resolve() != keep.resolve()]
     if needed and Path(needed).resolve() in [path.resolve() for path in old]:
-        raise ConfigError(
+        raise WorkFolderError(
             f'load_from={needed} is in the folder whose checkpoints --overwrite '
             'deletes: move it elsewhere, or take another --work-dir'
         )
@@ -222,7 +222,8 @@ def locked(folder: str | os.PathLike) -> Iterator[None]:
     owner ends, however that ends.
 
     Raises:
-        ConfigError: Another run has it, or nothing can be written there.
+        WorkFolderError: Another run has it.
+        ConfigError: Nothing can be written there.
     """
     import fcntl  # not on Windows
 
@@ -233,7 +234,7 @@ def locked(folder: str | os.PathLike) -> Iterator[None]:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            raise ConfigError(
+            raise WorkFolderError(
                 f'{folder} belongs to a run that is under way '
                 f'({file.read().strip() or "unknown"}): wait for it, stop it, or take '
                 'another --work-dir'

@@ -126,6 +126,13 @@ def test_datasets_inside_wrappers_are_checked():
     )
 
 
+def test_a_path_of_the_documentation_needs_no_checkout(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert load_config(RECIPE).filename.endswith(RECIPE)
+    with pytest.raises(ConfigError, match='does not exist'):
+        load_config('configs/mask_rcnn/none.py')
+
+
 def test_work_dir_defaults_to_the_config_name():
     assert load_config(DEMO).work_dir == ('work_dirs/mask-rcnn_convnext-atto_shapes')
     cfg = load_config(DEMO, cfg_options={'train_cfg.max_iters': 3})

@@ -356,6 +356,11 @@ def test_any_implementation(impl, to, tmp_path):
     assert path.stat().st_size
 
 
+def test_a_folder_without_pictures_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=f'--images {tmp_path}: it holds no pict'):
+        convnext_mm.export(backbone(), 'onnx', tmp_path / 'a.onnx', images=[tmp_path])
+
+
 def test_soft_nms_is_refused():
     model = one_stage('configs/custom/retinanet_convnext-t_fpn_1x_coco.py')
     model.test_cfg.nms = dict(type='soft_nms', iou_threshold=0.5)
@@ -375,7 +380,8 @@ def test_command(tmp_path, capsys):
     cv2.imwrite(str(pictures / 'a.png'), draw_scene(np.random.default_rng(0), 96).image)
     out = tmp_path / 'toy.onnx'
     folder = ('export', str(tmp_path), '--out', str(out))
-    assert main([*folder, '--shape', '64', '96', '--int8', str(pictures)]) == 0
+    options = ('--shape', '64', '96', '--int8', str(pictures))
+    assert main([*folder, *options, '--images', str(pictures)]) == 0
     said = capsys.readouterr().out
     assert f'{out}, ' in said and 'images (N, 3, 64, 96) fp32, red first' in said
     assert 'QuantizeLinear' in said and 'of the pixels have another class' in said

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from make_benchmark_tables import SAVED, TRAIN, Result, markdown
+from make_benchmark_tables import AVX2, SAVED, TRAIN, Result, markdown
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULT = ROOT / 'benchmarks' / 'comparison.json'
@@ -372,7 +372,7 @@ def pretraining(library: str) -> str:
 
 
 # Rows that are read from results of the benchmark.
-MEASURED = dict(memory=SAVED, step=TRAIN)
+MEASURED = {'memory': SAVED, 'step': TRAIN, 'step-avx2': TRAIN + AVX2}
 
 
 def measured(library: str, file: str) -> list[float]:
@@ -386,8 +386,8 @@ def kept(library: str) -> str:
     return ' / '.join(f'{value / 2**20:.0f} MiB' for value in values)
 
 
-def step(library: str) -> str:
-    values = measured(library, MEASURED['step'])
+def step(library: str, file: str = TRAIN) -> str:
+    values = measured(library, file)
     return ' / '.join(f'{value:.0f} ms' for value in values)
 
 
@@ -405,7 +405,8 @@ ROWS: dict[str, tuple[str, Callable[[str], str | None]]] = {
     'lacking': ('a file that lacks a convolution', lacking),
     'code': ('code in a pickled file', code),
     'memory': ('memory kept for backward, ConvNeXt-T', kept),
-    'step': ('train step on a CPU, ConvNeXt-T', step),
+    'step': ('train step, ConvNeXt-T', step),
+    'step-avx2': ('train step, ConvNeXt-T', functools.partial(step, file=TRAIN + AVX2)),
     'classifiers': ('released ConvNeXt classifiers by name', classifiers),
     'backbones': ('kinds of backbone', backbones),
     'pretraining': ('self-supervised pretraining of a ConvNeXt', pretraining),
@@ -435,8 +436,12 @@ def table(result: dict) -> str:
 def _label(name: str) -> str:
     if name not in MEASURED:
         return ROWS[name][0]
-    torch_version = Result(MEASURED[name]).content['versions']['torch']
-    return f'{ROWS[name][0]}, fp32 / bf16 autocast, PyTorch {torch_version}'
+    content = Result(MEASURED[name]).content
+    isa = '' if name == 'memory' else f'one thread with {content["machine"]["isa"]}, '
+    return (
+        f'{ROWS[name][0]}, fp32 / bf16 autocast, {isa}PyTorch '
+        f'{content["versions"]["torch"]}'
+    )
 
 
 def fill(text: str, result: dict) -> str:

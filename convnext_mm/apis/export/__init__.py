@@ -96,7 +96,7 @@ def export(
             of them at most: products become those of int8 (ONNX only).
         shape: Height and width, to fix them; else the file takes any.
         opset: Version of ONNX's operators.
-        images: Pictures to compare on; drawn ones by default.
+        images: Pictures to compare on, or folders of them; drawn ones by default.
         check: Run the file in another process and compare it with the model.
         cfg_options: Settings of the config to override.
 
@@ -114,8 +114,8 @@ def export(
     precision = 'int8' if int8 else dtype
     path = Path(out) if out else _default(model, part, precision, to)
     _check_path(path, to)
-    compared = pictures(images, shape)
-    examples = pictures(_pictures_in(int8), shape) if int8 else []
+    compared = pictures(_files_of(images), shape)
+    examples = pictures(_some_in(int8), shape) if int8 else []
     facts: dict[str, Any] = {}
     if isinstance(model, str):
         model, facts = _load(model, checkpoint, part, cfg_options)
@@ -292,7 +292,20 @@ def _to_int8(
     return Counter(node.op_type for node in onnx.load(path).graph.node)
 
 
-def _pictures_in(folder: str) -> list[str]:
+def _files_of(images: Sequence[str]) -> list[str]:
+    """Pictures, and those in folders."""
+    found: list[str] = []
+    for path in images:
+        found += _pictures_in(path, '--images') if Path(path).is_dir() else [path]
+    return found
+
+
+def _some_in(folder: str) -> list[str]:
+    files = _pictures_in(folder, '--int8')
+    return files[:: -(-len(files) // CALIBRATED)]
+
+
+def _pictures_in(folder: str, option: str) -> list[str]:
     """
     Raises:
         ConfigError: There are none.
@@ -301,12 +314,12 @@ def _pictures_in(folder: str) -> list[str]:
     files = sorted(f for f in files if Path(f).suffix.lower() in IMAGE_FILES)
     if not files:
         raise ConfigError(
-            f'--int8 {folder}: '
+            f'{option} {folder}: '
             + ('it holds no pictures' if Path(folder).is_dir() else 'no such folder')
             + f'; give one with some ({", ".join(sorted(IMAGE_FILES))}), a hundred of '
             'what the model will see'
         )
-    return files[:: -(-len(files) // CALIBRATED)]
+    return files
 
 
 def _judge(result: Exported, precision: str) -> None:

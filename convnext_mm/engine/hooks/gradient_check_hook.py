@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
-from convnext_mm.engine.errors import ConfigError
+from convnext_mm.engine.errors import UnusedParametersError
 from convnext_mm.models import StagedBackbone
 from convnext_mm.registry import HOOKS
 
@@ -76,7 +76,8 @@ class GradientCheckHook(Hook):
         """After the first optimizer step, speaks and watches no longer.
 
         Raises:
-            ConfigError: Processes train together, and a parameter has no gradient.
+            UnusedParametersError: Processes train together, and a parameter has no
+                gradient.
         """
         if not self._handles or not runner.optim_wrapper.should_update():
             return
@@ -95,7 +96,7 @@ class GradientCheckHook(Hook):
         elif model.find_unused_parameters or model.static_graph:
             runner.logger.warning(message)
         else:
-            raise ConfigError(
+            raise UnusedParametersError(
                 f'{message}; or set find_unused_parameters=True, which makes every '
                 'step slower'
             )
