@@ -376,9 +376,10 @@ MEASURED = {'memory': SAVED, 'step': TRAIN, 'step-avx2': TRAIN + AVX2}
 
 
 def measured(library: str, file: str) -> list[float]:
-    """Bytes or milliseconds in fp32 and with bf16 autocast."""
+    """Bytes or milliseconds in fp32, and with bf16 autocast where that was measured."""
     network = 'lean' if library == 'convnext_mm' else library
-    return [Result(file).value(network, dtype) for dtype in ('fp32', 'amp')]
+    values = (Result(file).value(network, dtype) for dtype in ('fp32', 'amp'))
+    return [value for value in values if value is not None]
 
 
 def kept(library: str) -> str:
@@ -437,11 +438,9 @@ def _label(name: str) -> str:
     if name not in MEASURED:
         return ROWS[name][0]
     content = Result(MEASURED[name]).content
+    dtypes = 'fp32' if name == 'step-avx2' else 'fp32 / bf16 autocast'
     isa = '' if name == 'memory' else f'one thread with {content["machine"]["isa"]}, '
-    return (
-        f'{ROWS[name][0]}, fp32 / bf16 autocast, {isa}PyTorch '
-        f'{content["versions"]["torch"]}'
-    )
+    return f'{ROWS[name][0]}, {dtypes}, {isa}PyTorch {content["versions"]["torch"]}'
 
 
 def fill(text: str, result: dict) -> str:
