@@ -31,6 +31,8 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
 }
 IMPL_NAMES = ('auto', *IMPLEMENTATIONS)
 IMPL_VARIABLE = 'CONVNEXT_MM_IMPL'  # overrides every impl, for debugging
+# Older PyTorch cannot tell that it exports.
+IS_EXPORTING = getattr(torch.compiler, 'is_exporting', lambda: False)
 
 
 def select_impl(impl: str, x: Tensor) -> Implementation:
@@ -83,21 +85,21 @@ def _best(x: Tensor) -> str:
 def _is_exporting() -> bool:
     """Whether TorchScript, ``torch.export`` or ONNX is being written, or something
     counts FLOPs by tracing."""
-    # Older PyTorch cannot tell that it exports.
-    is_exporting = getattr(torch.compiler, 'is_exporting', lambda: False)
-    return is_exporting() or (
-        not torch.compiler.is_compiling() and torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    # To Dynamo of PyTorch 2.11 every compilation is an export.
+    return not torch.compiler.is_dynamo_compiling() and (
+        IS_EXPORTING() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
     )
 
 
 def _needs_plain_operators() -> bool:
     """Whether something looks at the network that knows PyTorch's operators
     only: exporters, forward-mode differentiation, torch.func."""
-    if _is_exporting():
-        return True
-    return not torch.compiler.is_compiling() and (
+    if torch.compiler.is_compiling():
+        return IS_EXPORTING()
+    return (
+        _is_exporting()
         # PyTorch has no public names for these. What cannot tell may be watched.
-        not has('torch.autograd.forward_ad._current_level')
+        or not has('torch.autograd.forward_ad._current_level')
         or torch.autograd.forward_ad._current_level >= 0
         or not has('torch._C._functorch.peek_interpreter_stack')
         or torch._C._functorch.peek_interpreter_stack() is not None
