@@ -32,7 +32,7 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
 IMPL_NAMES = ('auto', *IMPLEMENTATIONS)
 IMPL_VARIABLE = 'CONVNEXT_MM_IMPL'  # overrides every impl, for debugging
 # Older PyTorch cannot tell that it exports.
-IS_EXPORTING = getattr(torch.compiler, 'is_exporting', lambda: False)
+torch_is_exporting = getattr(torch.compiler, 'is_exporting', lambda: False)
 
 
 def select_impl(impl: str, x: Tensor) -> Implementation:
@@ -87,7 +87,7 @@ def _is_exporting() -> bool:
     counts FLOPs by tracing."""
     # To Dynamo of PyTorch 2.11 every compilation is an export.
     return not torch.compiler.is_dynamo_compiling() and (
-        IS_EXPORTING() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+        torch_is_exporting() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
     )
 
 
@@ -95,7 +95,7 @@ def _needs_plain_operators() -> bool:
     """Whether something looks at the network that knows PyTorch's operators
     only: exporters, forward-mode differentiation, torch.func."""
     if torch.compiler.is_compiling():
-        return IS_EXPORTING()
+        return torch_is_exporting()
     return (
         _is_exporting()
         # PyTorch has no public names for these. What cannot tell may be watched.

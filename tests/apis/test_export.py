@@ -358,7 +358,9 @@ def test_any_implementation(impl, to, tmp_path):
 
 def test_a_folder_without_pictures_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=f'--images {tmp_path}: it holds no pict'):
-        convnext_mm.export(backbone(), 'onnx', tmp_path / 'a.onnx', images=[tmp_path])
+        convnext_mm.export(
+            backbone(), 'onnx', tmp_path / 'a.onnx', images=str(tmp_path)
+        )
 
 
 def test_soft_nms_is_refused():

@@ -143,11 +143,9 @@ def test_the_table_is_the_result():
     assert result['settings'] == tool.settings()
 
 
-def test_the_measured_data(tmp_path):
+def test_the_measured_data(tmp_path, shared_dir):
     """128 photos and 32 others, none in both, of eight classes."""
-    coco = ROOT.parent / 'shared/data/coco_tiny'
-    if not coco.is_dir():
-        pytest.skip(f'{coco} is missing')
+    coco = shared_dir / 'data/coco_tiny'
     tool = load_tool('maintenance/measure_own_data')
     tool.make_data(coco, tmp_path)
     photos = {}

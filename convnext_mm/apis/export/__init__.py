@@ -73,7 +73,7 @@ def export(
     int8: str | None = None,
     shape: tuple[int, int] | None = None,
     opset: int = OPSET,
-    images: Sequence[str] = (),
+    images: str | Sequence[str] = (),
     check: bool = True,
     cfg_options: dict | None = None,
 ) -> Exported:
@@ -292,10 +292,10 @@ def _to_int8(
     return Counter(node.op_type for node in onnx.load(path).graph.node)
 
 
-def _files_of(images: Sequence[str]) -> list[str]:
+def _files_of(images: str | Sequence[str]) -> list[str]:
     """Pictures, and those in folders."""
     found: list[str] = []
-    for path in images:
+    for path in [images] if isinstance(images, str) else images:
         found += _pictures_in(path, '--images') if Path(path).is_dir() else [path]
     return found
 
