@@ -86,6 +86,8 @@ def test_results_and_plot(tmp_path):
     for row in result['rows']:
         if row['mode'] == 'memory':
             continue
+        lean = row['network'].startswith('lean')
+        assert row['implementation'] == ('lean' if lean else 'plain')
         low, high = row['quartiles_ms']
         assert 0 < low <= row['median_ms'] <= high
         cost = result['costs'][f'{row["mode"]}, {row["dtype"]}']
@@ -229,7 +231,10 @@ def test_whole_models_without_mmpretrain(monkeypatch):
     pytest.importorskip('mmseg')
     monkeypatch.setitem(networks.PEER_MODULES, 'mmpretrain', 'no_such_package')
     settings = Settings(mode=['segmentor'])
-    models = bench.ModelBench(settings, Meter('cpu'), None)
+    monkeypatch.setattr(bench.ModelBench, '_models', lambda *_: None)
+    monkeypatch.setattr(bench.ModelBench, '_timed', lambda *_: None)
+    models = bench.ModelBench(settings, Meter('cpu'), None, lambda: None)
+    models.measure()
     assert models.names == ['auto'] and settings.size == (512, 512)
     assert 'no_such_package' in models.skipped['mmpretrain']
 
@@ -300,7 +305,7 @@ def test_a_network_that_does_not_compile_is_named(tmp_path, monkeypatch, fault):
     assert (
         reason == 'RuntimeError: no kernel'
         if fault == 'raises'
-        else 'of the largest value from the same network' in reason
+        else 'of the largest value from plain PyTorch' in reason
     )
 
 
@@ -323,6 +328,101 @@ def test_whole_models(task, tmp_path, small_heads):
     assert cost['least_bytes'] == backbone.least_bytes
     benchmark.main(['--plot', str(path), '--out', str(tmp_path / 'plot.png')])
     assert (tmp_path / 'plot.png').stat().st_size > 5_000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('task', ['detector', 'segmentor'])
+def test_whole_models_look_at_images(task, tmp_path, small_heads):
+    for package in ('mmcv.ops', 'mmdet', 'mmseg', 'mmpretrain'):
+        pytest.importorskip(package)
+    names = ['lean', 'lean+deploy', 'paper', 'mmpretrain', 'resnet50', 'swin']
+    path = tmp_path / 'result.json'
+    benchmark.main(
+        [
+            *('--mode', f'{task}-infer', '--size', '64', '64', '--out', str(path)),
+            *('--rounds', '2', '--warmup', '0', '--networks', *names),
+        ]
+    )
+    result = json.loads(path.read_text())
+    assert result['skipped'] == {} and result['batch'] == 2
+    rows = {row['network']: row for row in result['rows']}
+    assert [*rows] == names
+    for row in rows.values():
+        assert row['images_per_s'] == pytest.approx(2e3 / row['median_ms'])
+    assert [row['implementation'] for row in rows.values()] == ['lean'] * 2 + [
+        'plain'
+    ] * 4
+
+
+def test_what_ran_is_not_what_was_asked_for(tmp_path, monkeypatch):
+    """It has no row, and the others have theirs."""
+    from convnext_mm.models import block
+
+    monkeypatch.setitem(block.IMPLEMENTATIONS, 'triton', block.IMPLEMENTATIONS['lean'])
+    monkeypatch.setattr(block.triton, 'why_not', lambda x: None)
+    with pytest.raises(SystemExit, match='triton, infer, fp32 of this package'):
+        run(
+            *(tmp_path / 'result.json', '--mode', 'infer', '--dtype', 'fp32'),
+            *('--networks', 'triton', 'eager'),
+        )
+    result = json.loads((tmp_path / 'result.json').read_text())
+    assert [row['network'] for row in result['rows']] == ['eager']
+    reason = result['skipped']['triton, infer, fp32']
+    assert 'triton was asked for, and lean ran' in reason
+
+
+def test_some_blocks_are_not_all():
+    network = ConvNeXt('atto', impl='lean')
+    ran = networks.what_runs(lambda: network(torch.rand(1, 3, 32, 32)))
+    networks.check_what_ran('lean', network, ran)
+    few = ran._replace(operators={**ran.operators, 'lean_forward': 11})
+    with pytest.raises(RuntimeError, match='of 12 blocks in 11 only'):
+        networks.check_what_ran('lean', network, few)
+
+
+@pytest.mark.parametrize('fault', ['raises', 'gives NaN', 'has no gradient'])
+def test_a_wrong_step_is_skipped(fault, tmp_path, monkeypatch):
+    """Of the benchmark's shape and dtype, after a check of a small one passed."""
+    forward = networks.Paper.forward
+
+    def broken(self, x):
+        maps = forward(self, x)
+        if x.shape[-1] != 64:
+            return maps
+        if fault == 'raises':
+            raise RuntimeError('of this size')
+        factor = float('nan') if fault == 'gives NaN' else 1
+        return [y.detach() * factor + 0 * y for y in maps]
+
+    monkeypatch.setattr(networks.Paper, 'forward', broken)
+    result = run(
+        *(tmp_path / 'result.json', '--mode', 'train', '--dtype', 'fp32'),
+        *('--networks', 'paper', 'eager'),
+    )
+    assert [row['network'] for row in result['rows']] == ['eager']
+    assert [*result['skipped']] == ['paper, train, fp32']
+
+
+def test_rows_are_there_when_it_ends_early(tmp_path, monkeypatch):
+    """With the name of what was running then."""
+    step = bench.BackboneBench._step
+
+    def dying(self, network, mode, dtype):
+        if mode == 'train':
+            raise KeyboardInterrupt
+        return step(self, network, mode, dtype)
+
+    monkeypatch.setattr(bench.BackboneBench, '_step', dying)
+    path = tmp_path / 'result.json'
+    settings = Settings(
+        **dict(mode=['infer', 'train'], dtype=['fp32'], arch='atto', size=(64, 64)),
+        **dict(networks=['eager'], rounds=2, warmup=0),
+    )
+    with pytest.raises(KeyboardInterrupt):
+        bench.run(settings, path, '')
+    result = json.loads(path.read_text())
+    assert [row['mode'] for row in result['rows']] == ['infer']
+    assert result['running'] == 'eager, train, fp32'
 
 
 @pytest.mark.slow
@@ -361,7 +461,7 @@ def test_largest_batch(most, guess):
         return batch <= most
 
     assert capacity.largest_batch(fits, guess) == most
-    assert len(tried) <= abs(most - max(guess, 1)) + 2
+    assert len(tried) <= abs(most - max(guess, 1)) + 3
 
 
 @pytest.mark.slow
@@ -371,33 +471,32 @@ def test_largest_batch_for_a_memory(monkeypatch):
     gib = 2**30
     limits = []
 
-    class Training:
-        batch = 0
+    used = []
 
-        def set_batch(self, batch):
-            self.batch = batch
+    def step(batch):
+        used.append((2 + 3 * batch) * gib)
+        if limits and used[-1] > limits[-1] * 141 * gib:
+            raise torch.cuda.OutOfMemoryError
 
-        def step(self, name):
-            return Step(self.run)
-
-        def run(self):
-            if limits and (2 + 3 * self.batch) * gib > limits[-1] * 141 * gib:
-                raise torch.cuda.OutOfMemoryError
-
-        optim_wrappers = dict(auto=torch.optim.SGD([torch.zeros(1)], lr=1.0))
-
-    training = Training()
     for name, value in dict(
         mem_get_info=lambda: (138 * gib, 141 * gib),
         memory_reserved=lambda: 2 * gib,
-        max_memory_allocated=lambda: (2 + 3 * training.batch) * gib,
+        max_memory_allocated=lambda: used[-1],
         reset_peak_memory_stats=lambda: None,
+        synchronize=lambda: None,
         empty_cache=lambda: None,
         set_per_process_memory_fraction=limits.append,
     ).items():
         monkeypatch.setattr(torch.cuda, name, value)
-    assert capacity.largest_training_batch(training, 'auto', 24) == 7
+    trials = []
+    assert capacity.largest_training_batch(step, 24, trials.append) == 7
     assert limits == [pytest.approx(23 / 141), 1.0]
+    assert {t.batch: t.ms is not None for t in trials} == {7: True, 8: False}
+    # One that takes too long leaves its trials.
+    limits.clear()
+    monkeypatch.setattr(capacity, 'SEARCH_S', -1)
+    assert capacity.largest_training_batch(step, 24, trials.append) is None
+    assert limits[-1] == 1.0
 
 
 def test_bad_arguments(tmp_path, capsys):
@@ -411,7 +510,11 @@ def test_bad_arguments(tmp_path, capsys):
         capsys, '--mode', 'segmentor', '--networks', 'timm'
     )
     assert '--device cuda' in refusal(capsys, '--mode', 'segmentor', '--fit-gib', '24')
-    assert 'detector or segmentor' in refusal(capsys, '--fit-gib', '24')
+    assert '--device cuda' in refusal(capsys, '--fit-gib', '24')
+    assert 'for inference' in refusal(
+        capsys, '--mode', 'detector', '--networks', 'lean+deploy'
+    )
+    assert 'for whole models' in refusal(capsys, '--networks', 'swin')
     if not torch.cuda.is_available():
         assert 'no GPU' in refusal(capsys, '--device', 'cuda')
     other = tmp_path / 'other.json'

@@ -360,10 +360,10 @@ def test_the_papers_formulation(training):
 @pytest.mark.slow
 def test_detectors(tmp_path, few_boxes, monkeypatch):
     pytest.importorskip('mmdet')
-    from convnext_mm.apis.benchmark.detectors import Detection
+    from convnext_mm.apis.benchmark.detectors import Inference
 
     seen = []
-    steps = Detection.step
+    steps = Inference.step
 
     def spied(self, name):
         head = self.models[name].roi_head
@@ -375,7 +375,7 @@ def test_detectors(tmp_path, few_boxes, monkeypatch):
                 )
         return steps(self, name)
 
-    monkeypatch.setattr(Detection, 'step', spied)
+    monkeypatch.setattr(Inference, 'step', spied)
     arguments = ['detectors', '--networks', 'auto', 'paper', 'swin', 'resnet50']
     monkeypatch.delitem(published.FPS, ('Mask R-CNN', 'tiny'))
     path = tmp_path / 'paper.json'

@@ -9,9 +9,9 @@ import functools
 import importlib
 import json
 import os
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,27 +19,39 @@ from torch import Tensor, nn
 from convnext_mm.analysis.floor import Rates, backbone_cost
 from convnext_mm.analysis.machine import machine, versions
 from convnext_mm.analysis.meter import Meter, Step, own_bytes, saved_bytes
+from convnext_mm.checkpoint.write import write_text
 from convnext_mm.engine.errors import ConfigError
 from convnext_mm.models import ConvNeXt
 from convnext_mm.private_names import has
 
+from .capacity import Trial, free_cache, largest_training_batch
 from .networks import (
     COMPILED,
     DEPLOY,
+    OTHERS,
     OURS,
     PEER_MODULES,
     PEERS,
     build,
-    difference,
+    check_close,
+    check_what_ran,
     one_line,
+    what_runs,
 )
 
-if TYPE_CHECKING:
-    from .models import Training
-
 BACKBONE_MODES = ('infer', 'train', 'memory')
-MODEL_MODES = ('detector', 'segmentor')
-SIZES = dict(detector=(800, 1344), segmentor=(512, 512))  # others: 256 x 256
+INFER = '-infer'
+TRAIN_MODES = ('detector', 'cascade', 'segmentor')
+MODEL_MODES = (*TRAIN_MODES, *(mode + INFER for mode in TRAIN_MODES))
+# Others: 256 x 256. In inference what the papers count FLOPs with.
+SIZES = {
+    'detector': (800, 1344),
+    'cascade': (800, 1344),
+    'segmentor': (512, 512),
+    'detector-infer': (800, 1280),
+    'cascade-infer': (800, 1280),
+    'segmentor-infer': (512, 2048),
+}
 
 
 class Precision(NamedTuple):
@@ -61,9 +73,6 @@ DTYPES = {
     'bf16': Precision(torch.bfloat16),
     'fp16': Precision(torch.float16),
 }
-# What a compiled network may differ by from the same one before, of the
-# largest value: operators fused in another order round otherwise.
-COMPILED_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
 
 
 def check_names(option: str, known: Collection[str], names: Sequence[str]) -> None:
@@ -128,70 +137,175 @@ class Settings(Running):
         check_names('mode', (*BACKBONE_MODES, *MODEL_MODES), self.mode)
         check_names('dtype', DTYPES, self.dtype)
         known = (*PEERS, *OURS)
-        check_names('networks', known, self.networks or ())
+        check_names('networks', (*known, *OTHERS), self.networks or ())
         check_names('compile', known, self.compile)
         super().__post_init__()
         if len(self.mode) > 1 and set(self.mode) & set(MODEL_MODES):
             raise ConfigError(
-                f'--mode {" ".join(self.mode)}: detector and segmentor run '
+                f'--mode {" ".join(self.mode)}: modes of whole models run '
                 'alone; give each a run of its own'
             )
+        if self.fit_gib and self.device != 'cuda':
+            raise ConfigError('--fit-gib needs --device cuda')
         if self.whole:
             self._check_whole()
-        elif self.fit_gib:
-            raise ConfigError('--fit-gib is for --mode detector or segmentor')
+        elif other := next((n for n in self.networks or () if n in OTHERS), None):
+            raise ConfigError(f'--networks {other}: is for whole models')
+        elif self.fit_gib and 'train' not in self.mode:
+            raise ConfigError('--fit-gib is for training')
         self.size = self.size or SIZES.get(self.mode[0], (256, 256))
         self.dtype = self.dtype or (['fp32'] if self.whole else ['fp32', 'amp', 'bf16'])
 
     def _check_whole(self) -> None:
+        infer = self.mode[0].endswith(INFER)
         for dtype in self.dtype:
             if DTYPES[dtype].parameters != torch.float32:
                 raise ConfigError(
-                    f'--dtype {dtype}: whole models are trained with fp32 '
+                    f'--dtype {dtype}: whole models have fp32 '
                     'weights; take fp32, amp or amp-fp16'
                 )
         for name in self.networks or ():
-            if name.endswith(DEPLOY) or (name in PEERS and name != 'mmpretrain'):
+            if name in PEERS and name not in ('mmpretrain', 'paper'):
                 raise ConfigError(
-                    f'--networks {name}: whole models have one of this '
-                    "package's implementations or mmpretrain"
+                    f"--networks {name}: whole models have one of this package's "
+                    f'implementations, paper, mmpretrain, {" or ".join(OTHERS)}'
                 )
+            if name.endswith(DEPLOY) and not infer:
+                raise ConfigError(f'--networks {name}: is for inference')
         if self.compile:
             raise ConfigError('--compile is for backbones')
-        if self.fit_gib and self.device != 'cuda':
-            raise ConfigError('--fit-gib needs --device cuda')
+        if self.fit_gib and infer:
+            raise ConfigError('--fit-gib is for training')
 
 
-class BackboneBench:
+class Bench:
+    """Rows of one kind, added as they are measured.
+
+    Attributes:
+        rows: By network, mode and dtype.
+        costs: FLOPs and bytes, by mode and dtype.
+        skipped: What has no row, and in one sentence each why.
+        running: What is being tried: who reads the file after a crash knows.
+    """
+
+    def __init__(
+        self, settings: Settings, meter: Meter, rates: Rates, save: Callable[[], None]
+    ) -> None:
+        self.settings, self.meter, self.rates, self.save = settings, meter, rates, save
+        self.rows: dict[tuple[str, str, str], dict] = {}
+        self.costs: dict[str, dict] = {}
+        self.skipped: dict[str, str] = {}
+        self.running: str | None = None
+
+    def begin(self, name: str) -> None:
+        self.running = name
+        self.save()
+
+    def add(self, rows: dict[str, dict], mode: str, dtype: str) -> None:
+        for name, row in rows.items():
+            facts = dict(network=name, mode=mode, dtype=dtype)
+            self.rows[name, mode, dtype] = dict(facts, **row)
+        self.save()
+
+    def times(
+        self,
+        names: Sequence[str],
+        mode: str,
+        dtype: str,
+        prepare: Callable[[str], tuple[Step, dict]],
+        finish: Callable[[str, Step, dict], None],
+    ) -> None:
+        """Tries each network, then lets those that passed take turns.
+
+        Args:
+            prepare: Of a name, runs a step once, raises where it is wrong, and returns
+                it and what its row says of it.
+            finish: Adds to a row what is not a time.
+        """
+        steps: dict[str, Step] = {}
+        facts: dict[str, dict] = {}
+        for name in names:
+            self.begin(f'{name}, {mode}, {dtype}')
+            try:
+                steps[name], facts[name] = prepare(name)
+                if self.settings.device == 'cuda':  # has a time, should the next crash
+                    first = self._times({name: steps[name]}, facts, finish, rounds=3)
+                    self.add(first, mode, dtype)
+            except Exception as reason:  # whatever a compiler or driver may raise
+                self.skipped[f'{name}, {mode}, {dtype}'] = one_line(reason)
+                steps.pop(name, None)
+                free_cache()
+                self.meter.now()  # raises where the device is of no use any more
+        self.begin(f'{mode}, {dtype}')
+        rounds = self.settings.rounds
+        self.add(self._times(steps, facts, finish, rounds), mode, dtype)
+
+    def _times(
+        self, steps: dict[str, Step], facts: dict, finish: Callable, rounds: int
+    ) -> dict[str, dict]:
+        rows = self.meter.times(steps, rounds, self.settings.warmup)
+        for name, row in rows.items():
+            row.update(facts[name])
+            finish(name, steps[name], row)
+        return rows
+
+    def fit(
+        self, name: str, mode: str, dtype: str, step: Callable[[int], object]
+    ) -> None:
+        """The largest batches; each trial is in the row at once.
+
+        Args:
+            step: See :func:`.capacity.largest_training_batch`.
+        """
+        row = self.rows[name, mode, dtype]
+        self.begin(f'{name}, {mode}, {dtype}')
+        row.update(largest_batch={}, trials={})
+        for gib in self.settings.fit_gib:
+            trials: list[dict] = []
+            row['trials'][f'{gib:g}'] = trials
+
+            def tried(trial: Trial, trials: list = trials) -> None:
+                trials.append(trial._asdict())
+                self.save()
+
+            try:
+                found = largest_training_batch(step, gib, tried)
+            except torch.cuda.OutOfMemoryError:  # the first two batches
+                found = 0
+            if found is not None:
+                row['largest_batch'][f'{gib:g}'] = found
+            self.save()
+
+
+class BackboneBench(Bench):
     """Backbones on one image batch."""
 
-    def __init__(self, settings: Settings, meter: Meter, rates: Rates) -> None:
-        self.settings, self.meter, self.rates = settings, meter, rates
+    def measure(self) -> None:
+        """One dtype and mode after another."""
+        settings = self.settings
         names = settings.networks or [*PEERS, *_default_ours(settings.device)]
-        self.networks, self.skipped = build(names, settings.arch, settings.device)
+        self.networks, skipped, self.plain = build(
+            names, settings.arch, settings.device, self.begin
+        )
+        self.skipped.update(skipped)
         with torch.device('meta'):
             self.parameters = sum(
                 p.numel() for p in ConvNeXt(settings.arch).parameters()
             )
         self.x = torch.rand(settings.batch, 3, *settings.size, device=settings.device)
-        self.costs: dict[str, dict] = {}
-
-    def rows(self) -> Iterator[list[dict]]:
-        """Of one dtype and mode after another."""
-        for dtype in sorted(self.settings.dtype, key=list(DTYPES).index):
-            for network in self.networks.values():
+        for dtype in sorted(settings.dtype, key=list(DTYPES).index):
+            for network in (*self.networks.values(), self.plain):
                 network.to(DTYPES[dtype].parameters)
-            for mode in self.settings.mode:
+            for mode in settings.mode:
                 names = [
                     n
                     for n in self.networks
                     if mode == 'infer' or not n.endswith(DEPLOY)
                 ]
-                measure = self._saved if mode == 'memory' else self._timed
-                yield [
-                    dict(network=name, mode=mode, dtype=dtype, **row)
-                    for name, row in measure(names, mode, dtype).items()
-                ]
+                if mode == 'memory':
+                    self.add(self._saved(names, dtype), mode, dtype)
+                else:
+                    self._timed(names, mode, dtype)
 
     def _forward(self, network: nn.Module, dtype: str) -> list[Tensor]:
         precision = DTYPES[dtype]
@@ -202,7 +316,7 @@ class BackboneBench:
         ):
             return network(self.x.to(precision.parameters))
 
-    def _saved(self, names: list[str], mode: str, dtype: str) -> dict[str, dict]:
+    def _saved(self, names: list[str], dtype: str) -> dict[str, dict]:
         return {
             name: dict(
                 saved_bytes=saved_bytes(
@@ -215,32 +329,80 @@ class BackboneBench:
             for name in names
         }
 
-    def _timed(self, names: list[str], mode: str, dtype: str) -> dict[str, dict]:
-        networks = {name: self.networks[name].train(mode == 'train') for name in names}
-        networks.update(self._compiled(networks, mode, dtype))
-        steps = {
-            name: self._step(network, mode, dtype) for name, network in networks.items()
-        }
-        rows = self.meter.times(steps, self.settings.rounds, self.settings.warmup)
-        compute = DTYPES[dtype].compute
+    def _timed(self, names: list[str], mode: str, dtype: str) -> None:
+        settings, compute = self.settings, DTYPES[dtype].compute
         cost = backbone_cost(
-            self.settings.arch,
-            self.settings.batch,
-            self.settings.size,
-            mode,
-            compute.itemsize,
+            settings.arch, settings.batch, settings.size, mode, compute.itemsize
         )
         self.costs[f'{mode}, {dtype}'] = dict(
             parameters=self.parameters, **cost._asdict()
         )
         floor = self.rates.floor_ms(cost.matrix_flops, cost.least_bytes, compute)
-        for name, row in rows.items():
+        networks = {name: self.networks[name].train(mode == 'train') for name in names}
+        expected = self._outcome(self.plain.train(mode == 'train'), mode, dtype)
+
+        def prepare(name: str) -> tuple[Step, dict]:
+            if name not in networks:
+                plain = networks[name.removesuffix(COMPILED)]
+                networks[name] = self._compiled(plain)
+                self._outcome(networks[name], mode, dtype)  # compiles
+            network, outcome = networks[name], []
+            ran = what_runs(lambda: outcome.extend(self._outcome(network, mode, dtype)))
+            error = check_close(name, expected, outcome, compute)
+            check_what_ran(name, network, ran)
+            step = self._step(network, mode, dtype)
+            return step, dict(difference=error, **ran._asdict())
+
+        def finish(name: str, step: Step, row: dict) -> None:
             row.update(floor_ms=floor, share_of_floor=floor / row['median_ms'])
-            if self.settings.device == 'cuda':
-                row['peak_bytes'] = self.meter.peak(
-                    steps[name], own_bytes(networks[name])
+            if settings.device == 'cuda':
+                row['peak_bytes'] = self.meter.peak(step, own_bytes(networks[name]))
+
+        compiled = [name + COMPILED for name in settings.compile if name in networks]
+        self.times([*names, *compiled], mode, dtype, prepare, finish)
+        if mode == 'train' and settings.fit_gib:
+            for name in names:
+                if (name, mode, dtype) in self.rows:
+                    self._fit(name, dtype)
+
+    def _fit(self, name: str, dtype: str) -> None:
+        """With nothing else on the device."""
+        for other in (*self.networks.values(), self.plain):
+            other.to('cpu')
+        network = self.networks[name].to(self.settings.device)
+
+        def step(batch: int) -> None:
+            if len(self.x) != batch:
+                del self.x
+                self.x = torch.rand(
+                    batch, 3, *self.settings.size, device=self.settings.device
                 )
-        return rows
+            try:
+                self._step(network, 'train', dtype).run()
+            finally:
+                network.zero_grad(set_to_none=True)
+
+        self.fit(name, 'train', dtype, step)
+
+    def _outcome(self, network: nn.Module, mode: str, dtype: str) -> list[Tensor]:
+        """Maps, and of a train step the norm of all gradients."""
+        with torch.set_grad_enabled(mode == 'train'):
+            maps = self._forward(network, dtype)
+        if mode == 'infer':
+            return list(maps)
+        source = torch.Generator(self.settings.device).manual_seed(0)
+        torch.autograd.backward(
+            maps,
+            [
+                torch.randn(y.shape, generator=source, device=y.device).to(y.dtype)
+                for y in maps
+            ],
+        )
+        norms = [
+            p.grad.norm().float() for p in network.parameters() if p.grad is not None
+        ]
+        network.zero_grad(set_to_none=True)
+        return [*(y.detach() for y in maps), torch.stack(norms).norm()]
 
     def _step(self, network: nn.Module, mode: str, dtype: str) -> Step:
         if mode == 'infer':
@@ -259,77 +421,46 @@ class BackboneBench:
 
         return Step(train, lambda: network.zero_grad(set_to_none=True))
 
-    def _compiled(
-        self, networks: dict[str, nn.Module], mode: str, dtype: str
-    ) -> dict[str, nn.Module]:
-        """Those that ``--compile`` names, compiled, run once and checked; one
-        that fails is skipped."""
-        compiled = {}
-        for name in self.settings.compile:
-            if name not in networks:
-                continue
-            network: Any = torch.compile(
-                copy.deepcopy(networks[name]),
-                dynamic=False,
-                backend=self.settings.compile_backend,
-            )
-            try:
-                with torch.set_grad_enabled(mode == 'train'):
-                    error = difference(
-                        self._forward(networks[name], dtype),
-                        self._forward(network, dtype),
-                    )
-                self._step(network, mode, dtype).run()  # compiles backward
-                network.zero_grad(set_to_none=True)
-            except Exception as reason:  # whatever a compiler may raise
-                message = one_line(reason)
-            else:
-                allowed = COMPILED_TOLERANCE[DTYPES[dtype].compute]
-                if error < allowed:
-                    compiled[name + COMPILED] = network
-                    continue
-                message = (
-                    f'differs by {error:.1e} of the largest value from '
-                    f'the same network before, more than {allowed}'
-                )
-            self.skipped[f'{name}{COMPILED}, {mode}, {dtype}'] = message
+    def _compiled(self, network: nn.Module) -> nn.Module:
+        compiled: Any = torch.compile(
+            copy.deepcopy(network), dynamic=False, backend=self.settings.compile_backend
+        )
         return compiled
 
 
-class ModelBench:
-    """Whole models of one task, this package's backbone and mmpretrain's."""
+class ModelBench(Bench):
+    """Whole models of one task, this package's backbone and others'."""
 
-    def __init__(self, settings: Settings, meter: Meter, rates: Rates) -> None:
-        # The backbone is measured where MMDetection is missing, too.
-        from . import models
-
-        self.settings, self.meter, self.rates = settings, meter, rates
-        self.models, self.task = models, settings.mode[0]
+    def measure(self) -> None:
+        """One dtype after another."""
+        settings = self.settings
         self.names = list(settings.networks or ['auto', 'mmpretrain'])
-        self.costs: dict[str, dict] = {}
-        self.skipped: dict[str, str] = {}
         if 'mmpretrain' in self.names:
             try:
                 importlib.import_module(PEER_MODULES['mmpretrain'])
             except Exception as reason:  # that of what it imports, too
                 self.skipped['mmpretrain'] = one_line(reason)
                 self.names.remove('mmpretrain')
+        # The backbone is measured where MMDetection is missing, too.
+        from .detectors import Inference
+        from .models import Training
 
-    def rows(self) -> Iterator[list[dict]]:
-        """Of one dtype and model after another."""
-        for dtype in self.settings.dtype:
-            training = self._training(self.names, dtype)
-            training.check_equal()
-            timed = self._timed(training, dtype)
-            del training
-            for name, row in timed.items():
-                if self.settings.fit_gib:
-                    row['largest_batch'] = self._fit(name, dtype)
-                yield [dict(network=name, mode=self.task, dtype=dtype, **row)]
+        mode = settings.mode[0]
+        self.kind = Inference if mode.endswith(INFER) else Training
+        for dtype in settings.dtype:
+            self._timed(self._models(self.names, dtype), mode, dtype)
+            for name in self.names if settings.fit_gib else ():
+                free_cache()
+                if (name, mode, dtype) in self.rows:
+                    training = self._models([name], dtype)
+                    self.fit(
+                        name, mode, dtype, functools.partial(training.step_of, name)
+                    )
+                    del training
 
-    def _training(self, names: list[str], dtype: str) -> Training:
-        return self.models.Training(
-            self.task,
+    def _models(self, names: list[str], dtype: str) -> Any:
+        return self.kind(
+            self.settings.mode[0].removesuffix(INFER),
             names,
             self.settings.arch,
             self.settings.batch,
@@ -338,42 +469,47 @@ class ModelBench:
             self.settings.device,
         )
 
-    def _timed(self, training: Training, dtype: str) -> dict[str, dict]:
-        steps = {name: training.step(name) for name in training.models}
-        rows = self.meter.times(steps, self.settings.rounds, self.settings.warmup)
-        compute = DTYPES[dtype].compute
-        least_bytes = backbone_cost(
-            self.settings.arch,
-            self.settings.batch,
-            self.settings.size,
-            'train',
-            compute.itemsize,
-        ).least_bytes
+    def _timed(self, models: Any, mode: str, dtype: str) -> None:
+        settings, autocast = self.settings, DTYPES[dtype].autocast
+        infer = mode.endswith(INFER)
+        floor = None if infer else self._floor(models, mode, dtype)
+
+        def prepare(name: str) -> tuple[Step, dict]:
+            models.check(name)
+            model, facts = models.models[name], {}
+            if autocast is not None and name not in OTHERS:
+                maps = models.maps(name), models.maps(name, autocast)
+                facts['difference'] = check_close(name, *maps, autocast)
+            step = models.step(name, autocast) if infer else models.step(name)
+            ran = what_runs(step.run)
+            step.reset()
+            check_what_ran(name, model.backbone, ran)
+            if not all(p.isfinite().all() for p in model.parameters()):
+                raise ArithmeticError(f'{name}: a weight is not finite after one step')
+            return step, dict(facts, **ran._asdict())
+
+        def finish(name: str, step: Step, row: dict) -> None:
+            row['images_per_s'] = 1e3 * settings.batch / row['median_ms']
+            if floor is not None:
+                row.update(floor_ms=floor, share_of_floor=floor / row['median_ms'])
+            if settings.device == 'cuda':
+                row['peak_bytes'] = self.meter.peak(step, models.own_bytes(name))
+
+        self.times(list(models.models), mode, dtype, prepare, finish)
+
+    def _floor(self, training: Any, mode: str, dtype: str) -> float:
+        settings, compute = self.settings, DTYPES[dtype].compute
+        cost = backbone_cost(
+            settings.arch, settings.batch, settings.size, 'train', compute.itemsize
+        )
         flops = training.flops()
-        floor = self.rates.floor_ms(flops, least_bytes, compute)
         model = next(iter(training.models.values()))
-        self.costs[f'{self.task}, {dtype}'] = dict(
+        self.costs[f'{mode}, {dtype}'] = dict(
             parameters=sum(p.numel() for p in model.parameters()),
             matrix_flops=flops,
-            least_bytes=least_bytes,
+            least_bytes=cost.least_bytes,
         )
-        for name, row in rows.items():
-            row.update(floor_ms=floor, share_of_floor=floor / row['median_ms'])
-            if self.settings.device == 'cuda':
-                row['peak_bytes'] = self.meter.peak(
-                    steps[name], training.own_bytes(name)
-                )
-        return rows
-
-    def _fit(self, name: str, dtype: str) -> dict[str, int]:
-        """GiB to the largest batch; with nothing else on the device."""
-        from .capacity import largest_training_batch
-
-        training = self._training([name], dtype)
-        return {
-            f'{gib:g}': largest_training_batch(training, name, gib)
-            for gib in self.settings.fit_gib
-        }
+        return self.rates.floor_ms(flops, cost.least_bytes, compute)
 
 
 def _default_ours(device: str) -> list[str]:
@@ -386,8 +522,9 @@ def _default_ours(device: str) -> list[str]:
 
 
 def run(settings: Settings, out: Path, command: str) -> dict:
-    """Measures, writing ``out`` after each dtype, mode or model: whoever ends
-    it early has what was measured.
+    """Measures, writing ``out`` with each row, and before what may fail: whoever
+    ends it early has what was measured, and who looks at it after a crash the name of
+    what was ``running``.
 
     Args:
         settings: What to measure.
@@ -413,19 +550,24 @@ def run(settings: Settings, out: Path, command: str) -> dict:
         clock=settings.clock,
         arch=settings.arch,
         batch=settings.batch,
-        rows=[],
+        size=list(settings.size),
     )
-    kind: type[ModelBench | BackboneBench]
-    kind = ModelBench if settings.whole else BackboneBench
-    bench = kind(settings, meter, rates)
-    result['skipped'] = bench.skipped
-    for measured in bench.rows():
-        result['rows'] += measured
+
+    def save() -> None:
         result.update(
+            rows=list(bench.rows.values()),
+            skipped=bench.skipped,
+            running=bench.running,
             load_average_after=os.getloadavg(),
-            size=list(settings.size),
             costs=bench.costs,
             rates=rates.measured(),
         )
-        out.write_text(json.dumps(result, indent=1) + '\n')
+        write_text(out, json.dumps(result, indent=1) + '\n')
+
+    bench = (ModelBench if settings.whole else BackboneBench)(
+        settings, meter, rates, save
+    )
+    bench.measure()
+    bench.running = None
+    save()
     return result

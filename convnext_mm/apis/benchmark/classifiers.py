@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from convnext_mm.analysis.meter import Step
 from convnext_mm.models import ConvNeXt
 
-from .models import OTHERS, rename
+from .models import rename
 from .networks import (
     DEPLOY,
     LAYER_SCALE,
+    OTHERS,
     PEER_MODULES,
     Networks,
     Paper,

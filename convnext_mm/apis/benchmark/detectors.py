@@ -1,4 +1,5 @@
-"""Detectors that the paper's tables have side by side, ready for inference."""
+"""Detectors and segmentors that the paper's tables have side by side, ready for
+inference."""
 
 import copy
 import math
@@ -6,94 +7,50 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from mmengine.registry import DefaultScope
 from mmengine.structures import InstanceData
 from torch import nn
 
 from convnext_mm.analysis import complexity
 from convnext_mm.analysis.meter import Step
+from convnext_mm.engine.optimizers.amp import keep_boxes_in_fp32
 
-from .models import (
-    OTHERS,
-    build_models,
-    quiet,
-    read_config,
-    synthetic_batch,
-    with_backbones,
-)
-from .networks import CHECK_SHAPE, DEPLOY, TOLERANCE, difference
+from .models import Models
+from .networks import DEPLOY
 
 LOWEST_SCORE = 0.5
 
 
-class Detection:
-    """Detectors of one recipe that differ in their backbones, and one random image.
+class Inference(Models):
+    """Models of one recipe that differ in their backbones, and random images.
 
-    Weights are random, and how many proposals and objects they happen to give would
-    decide what an image costs: thousands of boxes would go through NMS with one
+    Weights are random, and how many proposals and objects a detector happens to find
+    would decide what an image costs: thousands of boxes would go through NMS with one
     backbone and none with another. So the last layers of RPN and box heads give the
     same for every network, anchors as they are and one class for each box; NMS runs
     on that. Then, as where FLOPs are counted, 1000 boxes go to the box heads, and 100
     to the mask heads, and their masks to the size of the image.
-
-    Args:
-        task: A key of :data:`convnext_mm.apis.benchmark.models.CONFIGS`.
-        names: See :class:`convnext_mm.apis.benchmark.models.Training`.
-        arch: Of ConvNeXt, and of Swin the one of this name.
-        size: (H, W) of the image.
-        device: ``'cpu'`` or ``'cuda'``.
-
-    Raises:
-        ConfigError: The recipes are not there.
-        ValueError: The backbones of two ConvNeXts give other maps.
     """
 
-    def __init__(
-        self,
-        task: str,
-        names: Sequence[str],
-        arch: str,
-        size: Sequence[int],
-        device: str,
-    ) -> None:
-        cfg = read_config(task, arch, size, 'fp32', device)
-        with DefaultScope.overwrite_default_scope(cfg.default_scope), quiet():
-            self.models: dict[str, Any] = dict(
-                build_models(with_backbones(cfg, names), seed=0)
-            )
+    training = False
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
         for name, model in self.models.items():
-            model.to(device).eval()
             if name.endswith(DEPLOY):
                 model.backbone.switch_to_deploy()
-        self._check_equal(device)
-        for model in self.models.values():
-            _fix_numbers(model, size, device)
-        self.batch = synthetic_batch(task, cfg, 1, size)
+            if self.task != 'segmentor':
+                _fix_numbers(model, self.size, self.device)
 
-    @torch.no_grad()
-    def _check_equal(self, device: str) -> None:
-        x = torch.rand(CHECK_SHAPE, device=device)
-        first = None
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            for name, model in self.models.items():
-                if name in OTHERS:
-                    continue
-                maps = model.backbone(x)
-                if first is None:
-                    first, expected = name, maps
-                if not (error := difference(expected, maps)) < TOLERANCE:
-                    raise ValueError(
-                        f'the maps of {name} and {first} differ by {error:.1e} of '
-                        f'the largest value, more than {TOLERANCE:.0e}'
-                    )
-
-    def step(self, name: str) -> Step:
-        """From the image's bytes to boxes, and masks of its size."""
+    def step(self, name: str, autocast: torch.dtype | None = None) -> Step:
+        """From the images' bytes to boxes and masks of their size, or classes."""
         data = [copy.deepcopy(self.batch)]  # a model changes what it gets
+        if autocast == torch.bfloat16:
+            keep_boxes_in_fp32(self.models[name])
 
         @torch.no_grad()
         def infer() -> None:
-            self.models[name].test_step(data.pop())
+            with torch.autocast(self.device, autocast, enabled=autocast is not None):
+                self.models[name].test_step(data.pop())
 
         return Step(infer, lambda: data.append(copy.deepcopy(self.batch)))
 

@@ -29,7 +29,7 @@ from convnext_mm.engine.errors import ConfigError
 from convnext_mm.models.block import IMPL_VARIABLE
 from convnext_mm.models.layer_id import default_num_layers
 
-from .networks import DEPLOY, TOLERANCE, Paper, difference
+from .networks import DEPLOY, OTHERS, TOLERANCE, Paper, difference
 
 ROOT = Path(__file__).resolve().parents[3]
 CONFIGS = dict(
@@ -60,7 +60,6 @@ SWIN_SIZES = dict(
     base=(128, [2, 2, 18, 2], [4, 8, 16, 32]),
     large=(192, [2, 2, 18, 2], [6, 12, 24, 48]),
 )
-OTHERS = ('resnet50', 'swin')
 
 
 def set_arch(cfg: Config, arch: str) -> None:
@@ -68,6 +67,11 @@ def set_arch(cfg: Config, arch: str) -> None:
     cfg.model.backbone.arch = arch
     with torch.device('meta'):
         channels = list(MODELS.build(cfg.model.backbone).channels)
+    _set_channels(cfg, channels)
+
+
+def _set_channels(cfg: Config, channels: Sequence[int]) -> None:
+    """What neck or heads expect of a backbone."""
     if 'neck' in cfg.model:
         cfg.model.neck.in_channels = channels
     else:
@@ -230,44 +234,112 @@ def _classes(
     return SegDataSample(gt_sem_seg=PixelData(data=torch.from_numpy(labels)))
 
 
-class Training:
-    """Models of one task, ready for train steps on one synthetic batch.
+class Models:
+    """Models of one task that differ in their backbones, and one synthetic batch.
 
     Args:
         task: A key of ``CONFIGS``.
-        names: Implementations of this package's backbone, ``'mmpretrain'``; for a
-            detector also ``'paper'`` and those in ``OTHERS``.
+        names: Implementations of this package's backbone, ``'paper'``,
+            ``'mmpretrain'``, and those in ``OTHERS``.
         arch, batch, size: Of the backbone, and the batch's.
         dtype: See :func:`read_config`.
         device: ``'cpu'`` or ``'cuda'``.
     """
 
+    training = True
+
     def __init__(
         self,
         task: str,
-        names: list[str],
+        names: Sequence[str],
         arch: str,
         batch: int,
         size: Sequence[int],
         dtype: str,
         device: str,
     ) -> None:
-        cfg = read_config(task, arch, size, dtype, device)
-        self.task, self.cfg, self.size = task, cfg, size
-        cfgs = with_backbones(cfg, names)
-        with DefaultScope.overwrite_default_scope(cfg.default_scope), quiet():
+        self.task, self.size, self.device = task, size, device
+        self.cfg = read_config(task, arch, size, dtype, device)
+        self.cfgs = with_backbones(self.cfg, names)
+        self._expected: tuple[str, Sequence[Tensor], float] | None = None
+        with DefaultScope.overwrite_default_scope(self.cfg.default_scope), quiet():
             self.models: dict[str, Any] = {
-                name: model.to(device).train()
-                for name, model in build_models(cfgs, seed=0).items()
-            }
-            self.optim_wrappers = {
-                name: build_optim_wrapper(model, cfgs[name].optim_wrapper)
-                for name, model in self.models.items()
+                name: model.to(device).train(self.training)
+                for name, model in build_models(self.cfgs, seed=0).items()
             }
         self.set_batch(batch)
 
     def set_batch(self, batch: int) -> None:
         self.batch = synthetic_batch(self.task, self.cfg, batch, self.size)
+
+    def own_bytes(self, name: str) -> int:
+        """Of a model."""
+        return own_bytes(self.models[name])
+
+    @torch.no_grad()
+    def maps(self, name: str, autocast: torch.dtype | None = None) -> list[Tensor]:
+        """What a model's backbone makes of the batch, without drop path."""
+        backbone = self.models[name].backbone
+        backbone.eval()  # mmpretrain's returns nothing
+        with torch.autocast(self.device, autocast, enabled=autocast is not None):
+            maps = list(backbone(self._data(name)['inputs']))
+        backbone.train(self.training)
+        return maps
+
+    def _data(self, name: str) -> dict:
+        preprocessor = self.models[name].data_preprocessor
+        return preprocessor(copy.deepcopy(self.batch), self.training)
+
+    def loss(self, name: str) -> Tensor:
+        """Of the batch, where models train."""
+        return torch.ones(())
+
+    def check_equal(self) -> None:
+        """:meth:`check` of all models."""
+        for name in self.models:
+            self.check(name)
+
+    @torch.no_grad()
+    def check(self, name: str) -> None:
+        """That a model gives, in fp32, the maps and losses of the first ConvNeXt that
+        was checked.
+
+        Raises:
+            ValueError: It does not.
+        """
+        if name in OTHERS:
+            return
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            maps, loss = self.maps(name), self.loss(name).item()
+        if self._expected is None:
+            self._expected = name, maps, loss
+        first, expected_maps, expected_loss = self._expected
+        error = difference(expected_maps, maps)
+        if not error < TOLERANCE:
+            raise ValueError(
+                f'{self.task}: the maps of {name} and {first} '
+                f'differ by {error:.1e} of the largest value, more '
+                f'than {TOLERANCE:.0e}'
+            )
+        if not abs(loss / expected_loss - 1) <= LOSS_TOLERANCE:
+            raise ValueError(
+                f'{self.task}: the loss with {name} is '
+                f'{loss:.6g}, with {first} {expected_loss:.6g}; from '
+                'the same weights they may differ by '
+                f'{LOSS_TOLERANCE:.0e} of their value'
+            )
+
+
+class Training(Models):
+    """Ready for train steps."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        with DefaultScope.overwrite_default_scope(self.cfg.default_scope), quiet():
+            self.optim_wrappers = {
+                name: build_optim_wrapper(model, self.cfgs[name].optim_wrapper)
+                for name, model in self.models.items()
+            }
 
     def step(self, name: str) -> Step:
         """A train step: the batch to the device, loss, backward, optimizer."""
@@ -278,9 +350,18 @@ class Training:
 
         return Step(run, lambda: data.append(copy.deepcopy(self.batch)))
 
+    def step_of(self, name: str, batch: int) -> None:
+        """A train step with another batch, which leaves no gradients."""
+        if len(self.batch['inputs']) != batch:
+            self.set_batch(batch)
+        try:
+            self.step(name).run()
+        finally:
+            self.optim_wrappers[name].zero_grad()
+
     def own_bytes(self, name: str) -> int:
         """Of a model and its optimizer's state."""
-        return own_bytes(self.models[name]) + state_bytes(
+        return super().own_bytes(name) + state_bytes(
             self.optim_wrappers[name].optimizer
         )
 
@@ -293,9 +374,6 @@ class Training:
         model.backbone.train()
         return model.parse_losses(losses)[0]
 
-    def _data(self, name: str) -> dict:
-        return self.models[name].data_preprocessor(copy.deepcopy(self.batch), True)
-
     def flops(self) -> int:
         """Of the matrix products and convolutions in forward and backward."""
         name = next(iter(self.models))
@@ -307,37 +385,6 @@ class Training:
             torch.autograd.backward(self.loss(name))
         self.models[name].zero_grad(set_to_none=True)
         return counter.get_total_flops()
-
-    @torch.no_grad()
-    def check_equal(self) -> None:
-        """That all models give the same maps and losses in fp32.
-
-        Raises:
-            ValueError: They do not.
-        """
-        expected = None
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            for name, model in self.models.items():
-                loss = self.loss(name).item()
-                model.backbone.eval()  # no drop path
-                maps = model.backbone(self._data(name)['inputs'])
-                model.backbone.train()
-                if expected is None:
-                    first, expected = name, (maps, loss)
-                error = difference(expected[0], maps)
-                if not error < TOLERANCE:
-                    raise ValueError(
-                        f'{self.task}: the maps of {name} and {first} '
-                        f'differ by {error:.1e} of the largest value, more '
-                        f'than {TOLERANCE:.0e}'
-                    )
-                if not abs(loss / expected[1] - 1) <= LOSS_TOLERANCE:
-                    raise ValueError(
-                        f'{self.task}: the loss with {name} is '
-                        f'{loss:.6g}, with {first} {expected[1]:.6g}; from '
-                        'the same weights they may differ by '
-                        f'{LOSS_TOLERANCE:.0e} of their value'
-                    )
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
@@ -386,15 +433,14 @@ def _with_backbone(cfg: Config, name: str) -> Config:
         )
     else:
         theirs = get_config(MMDET_SWIN if name == 'swin' else MMDET_RESNET).model
-        cfg.model.backbone, cfg.model.neck.in_channels = (
-            theirs.backbone,
-            theirs.neck.in_channels,
-        )
+        cfg.model.backbone, channels = theirs.backbone, theirs.neck.in_channels
+        cfg.model.backbone.type = f'mmdet.{cfg.model.backbone.type}'
         cfg.model.backbone.pop('init_cfg', None)
         if name == 'swin':
             width, depths, heads = SWIN_SIZES[arch]
             cfg.model.backbone.update(embed_dims=width, depths=depths, num_heads=heads)
-            cfg.model.neck.in_channels = [width * 2**i for i in range(4)]
+            channels = [width * 2**i for i in range(4)]
+        _set_channels(cfg, channels)
     if name in ('paper', *OTHERS):
         # Layers are not numbered there, and memory does not depend on the rates.
         for key in ('constructor', 'paramwise_cfg'):

@@ -1,18 +1,22 @@
 """ConvNeXt backbones of this package and of others, with the same weights."""
 
+import collections
 import copy
 import importlib
+import os
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 from convnext_mm.archs import ARCHS
 from convnext_mm.checkpoint import convert_state_dict
 from convnext_mm.models import ConvNeXt
-from convnext_mm.models.block import IMPLEMENTATIONS, sample_drop_scale
+from convnext_mm.models.block import IMPLEMENTATIONS, Block, sample_drop_scale
 
 # Where a peer's network is; the paper's formulation is written below.
 PEER_MODULES = dict(
@@ -22,6 +26,7 @@ PEER_MODULES = dict(
     transformers='transformers.models.convnext.modeling_convnext',
 )
 PEERS = ('paper', *PEER_MODULES)
+OTHERS = ('resnet50', 'swin')  # no ConvNeXts, in whole models
 DEPLOY = '+deploy'  # after switch_to_deploy()
 COMPILED = ' compiled'
 OURS = (*IMPLEMENTATIONS, 'auto', 'lean' + DEPLOY, 'triton' + DEPLOY)
@@ -29,6 +34,10 @@ OURS = (*IMPLEMENTATIONS, 'auto', 'lean' + DEPLOY, 'triton' + DEPLOY)
 LAYER_SCALE = 0.1
 CHECK_SHAPE = (1, 3, 64, 96)
 TOLERANCE = 1e-4
+# What a network may differ by from plain PyTorch's in the dtype that it computes in,
+# of the largest value: operators fused in another order round otherwise. fp32 is
+# TF32 in the convolutions of a GPU, and as coarse as fp16.
+COARSE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
 
 
 class Paper(nn.Module):
@@ -160,17 +169,27 @@ def build_peer(name: str, arch: str, model: ConvNeXt) -> nn.Module:
 
 
 class Networks(NamedTuple):
-    """Networks by name, and in one sentence each why others are missing."""
+    """Networks by name, in one sentence each why others are missing, and plain
+    PyTorch's with the same weights."""
 
     built: dict[str, nn.Module]
     skipped: dict[str, str]
+    plain: nn.Module
 
 
-def build(names: Sequence[str], arch: str, device: str) -> Networks:
+def build(
+    names: Sequence[str],
+    arch: str,
+    device: str,
+    begin: Callable[[str], object] = lambda name: None,
+) -> Networks:
     """Networks with the same weights, which were seen to give the same maps.
 
     One that is not installed, cannot be built or fails is skipped; a peer that
     gives other maps too.
+
+    Args:
+        begin: Is told which is next.
 
     Raises:
         SystemExit: One of ours gives other maps than eager.
@@ -179,6 +198,7 @@ def build(names: Sequence[str], arch: str, device: str) -> Networks:
     model = ConvNeXt(arch, layer_scale_init_value=LAYER_SCALE, impl='eager')
 
     def build_one(name: str) -> nn.Module:
+        begin(name)
         if name in PEERS:
             return build_peer(name, arch, model)
         return build_ours(name, arch, model)
@@ -202,8 +222,9 @@ def build_checked(
         SystemExit: One of ours gives something else.
     """
     x = torch.rand(CHECK_SHAPE, device=device)
-    expected = _maps(copy.deepcopy(model).to(device), x)
-    networks = Networks({}, {})
+    plain = copy.deepcopy(model).to(device)
+    expected = _maps(plain, x)
+    networks = Networks({}, {}, plain)
     for name in names:
         try:
             network = build_one(name).to(device)
@@ -252,7 +273,80 @@ def difference(expected: Sequence[Tensor], outs: Sequence[Tensor]) -> float:
     return max(e if e == e else float('inf') for e in errors)
 
 
+def check_close(
+    name: str, expected: Sequence[Tensor], outs: Sequence[Tensor], dtype: torch.dtype
+) -> float:
+    """The difference of a network, computed in ``dtype``, from plain PyTorch's.
+
+    Raises:
+        ArithmeticError: It is too large, or a value is not finite.
+    """
+    error = difference(expected, outs)
+    if dtype == torch.float32 and outs[0].is_cuda:
+        dtype = torch.float16
+    allowed = COARSE_TOLERANCE[dtype]
+    if not error < allowed:
+        raise ArithmeticError(
+            f'{name} differs by {error:.1e} of the largest value from plain PyTorch, '
+            f'more than {allowed}'
+        )
+    return error
+
+
 def one_line(error: Exception) -> str:
     """An error's type and the first line of what it says."""
     lines = str(error).strip().splitlines() or ['']
     return f'{type(error).__name__}: {lines[0]}'[:300]
+
+
+class Implementation(NamedTuple):
+    """What ran where a network ran.
+
+    Attributes:
+        implementation: ``'triton'``, ``'lean'`` (``'lean+'`` too), or ``'plain'``
+            where none of this package's operators did; several with ``'+'`` between.
+        operators: How often each of them ran.
+    """
+
+    implementation: str
+    operators: dict[str, int]
+
+
+def what_runs(run: Callable[[], object]) -> Implementation:
+    """Runs it once, and looks which operators of this package PyTorch's dispatcher
+    calls, in backward and in compiled code too, which does not run under a
+    ``TorchDispatchMode``."""
+    os.environ.setdefault('KINETO_LOG_LEVEL', '9')  # it prints of each start and end
+    with profile(activities=[ProfilerActivity.CPU]) as recorded:
+        run()
+    operators = collections.Counter(
+        event.name.partition('::')[2]
+        for event in recorded.events()
+        if event.name.startswith('convnext_mm::')
+    )
+    kinds = sorted({name.partition('_')[0] for name in operators})
+    return Implementation('+'.join(kinds) or 'plain', dict(operators))
+
+
+def check_what_ran(name: str, network: nn.Module, ran: Implementation) -> None:
+    """That a network of this name was computed as the name says.
+
+    Raises:
+        RuntimeError: Something else was, in some block at least.
+    """
+    name = name.removesuffix(COMPILED)
+    wanted = name.removesuffix(DEPLOY).removesuffix('+')
+    if wanted == 'auto':
+        return
+    if wanted not in ('lean', 'triton'):
+        wanted = 'plain'
+    message = f'{name} was asked for, and {ran.implementation} ran: {ran.operators}'
+    if ran.implementation != wanted:
+        raise RuntimeError(message)
+    if wanted == 'plain' or name == 'lean' + DEPLOY:  # no operator for a block
+        return
+    blocks = sum(isinstance(module, Block) for module in network.modules())
+    others = re.compile('downsample|norm|backward')
+    ran_blocks = sum(n for op, n in ran.operators.items() if not others.search(op))
+    if ran_blocks < blocks:
+        raise RuntimeError(f'{message}, of {blocks} blocks in {ran_blocks} only')

@@ -392,17 +392,24 @@ class PaperBench:
             missing['mmpretrain'] = _missing(reason)
             names.remove('mmpretrain')
         try:
-            from .detectors import Detection
+            from .detectors import Inference
 
-            detection = Detection(
-                TASKS[case.model], names, case.arch, case.size, self.settings.device
+            detectors = Inference(
+                TASKS[case.model],
+                names,
+                case.arch,
+                case.batch,
+                case.size,
+                'fp32',
+                self.settings.device,
             )
+            detectors.check_equal()
         except ConfigError:
             raise
         except Exception as error:  # whatever a library may raise
             missing.update(dict.fromkeys(names, _missing(one_line(error))))
             return lambda dtype: {}, missing
-        return lambda dtype: {name: detection.step(name) for name in names}, missing
+        return lambda dtype: {name: detectors.step(name) for name in names}, missing
 
     def _peaks(self, case: Case) -> Iterator[tuple[str, dict[str, dict]]]:
         for dtype in case.dtypes:

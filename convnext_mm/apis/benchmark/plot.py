@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from convnext_mm.analysis.meter import summary
 
-from .networks import PEERS
+from .networks import OTHERS, PEERS
 from .published import PAPER_KIND
 
 OURS_COLOUR, PEER_COLOUR, FLOOR_COLOUR = '#c2543d', '#8a94a6', '#333333'
@@ -25,7 +25,7 @@ class Bar(NamedTuple):
 
 
 def is_ours(network: str) -> bool:
-    return network.split()[0] not in PEERS
+    return network.split()[0] not in (*PEERS, *OTHERS)
 
 
 def bars_of(row: dict) -> dict[str, Bar]:
@@ -33,7 +33,7 @@ def bars_of(row: dict) -> dict[str, Bar]:
     name, bars = row['network'], {}
     if 'median_ms' in row:
         quartiles = summary(row['times_ms'])['quartiles_ms']
-        bars['ms'] = Bar(name, row['median_ms'], quartiles, row['floor_ms'])
+        bars['ms'] = Bar(name, row['median_ms'], quartiles, row.get('floor_ms', 0))
     if 'saved_bytes' in row:
         bars['MiB saved for backward'] = Bar(name, row['saved_bytes'] / 2**20)
     if 'peak_bytes' in row:
@@ -85,7 +85,8 @@ def draw_panel(axis: Any, title: str, label: str, bars: list[Bar]) -> None:
                 )
             )
         )
-        axis.axvline(bars[0].floor, color=FLOOR_COLOUR, linestyle='--', linewidth=1)
+        if bars[0].floor:
+            axis.axvline(bars[0].floor, color=FLOOR_COLOUR, linestyle='--', linewidth=1)
     drawn = axis.barh(
         [bar.network for bar in bars],
         [bar.value for bar in bars],
