@@ -11,6 +11,7 @@ from mmengine.utils import ManagerMixin
 from torch.torch_version import TorchVersion
 
 import speed
+from repo import load_tool
 
 # This process's kernels run in Triton's interpreter, on CPU tensors, with a GPU
 # or without. Triton's own functions ask the environment when it is imported;
@@ -27,6 +28,7 @@ else:
     if _has_triton():  # one that the kernels run on
         triton.knobs.runtime.interpret = True
         speed.quick_interpreter()
+        load_tool('maintenance/check_kernels').round_as_gpus_do()
 del os.environ['TRITON_INTERPRET']
 speed.quick_configs()
 

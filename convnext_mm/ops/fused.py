@@ -89,8 +89,10 @@ def power_of_two(x: Tensor) -> Tensor:
     fp16 has too little range for gradients that layer scale or drop path have
     not been applied to; divided by this they fit.
     """
-    top = x.abs().amax().float() if x.numel() else x.new_zeros(())
-    top = top.view(1, 1, 1)
+    largest = (
+        torch.linalg.vector_norm(x, float('inf')) if x.numel() else x.new_zeros(())
+    )
+    top = largest.float().view(1, 1, 1)
     power = torch.exp2(torch.floor(torch.log2(top)))
     return torch.where(
         torch.isfinite(power) & (power > 0), power, torch.ones_like(power)

@@ -1,7 +1,7 @@
 """The lean ConvNeXt block in plain PyTorch operators, see :mod:`.fused`.
 
 On a CPU it walks over the map in chunks that stay in the caches, and picks the
-faster of two equal routes, :func:`_linear` and :func:`_depthwise_weight_grad`.
+faster of two equal routes, :func:`_linear` and :func:`depthwise_weight_grad`.
 
 Layer scale is not folded into W2: that would be a pass over the weights at
 every step, which outnumber a late stage's pixels, and fp16 cannot hold weights
@@ -199,7 +199,7 @@ def run(
         dtype: Of the output.
     """
     cast = x.to(packed.b1.dtype)
-    maps = _depthwise(cast, packed.dwconv_weight, packed.dwconv_bias, dilation)
+    maps = depthwise(cast, packed.dwconv_weight, packed.dwconv_bias, dilation)
     kept = cast if keep else None
     del cast
     out = torch.empty_like(x, dtype=dtype, memory_format=memory_format(x))
@@ -209,8 +209,8 @@ def run(
     return (out, kept, maps, hidden) if keep else (out, None, None, None)
 
 
-def _depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) -> Tensor:
-    """The depthwise convolution, in channels-last strides."""
+def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) -> Tensor:
+    """The depthwise convolution of (N, C, H, W), in channels-last strides."""
     x = F.conv2d(
         x,
         weight,
@@ -305,13 +305,13 @@ def _backward(
         # Same padding, stride 1: the gradient is the same convolution with
         # the kernel turned round.
         kernel = weights.dwconv_weight.to(maps.dtype).flip(2, 3)
-        grad = _depthwise(grad_maps, kernel, None, dilation)
+        grad = depthwise(grad_maps, kernel, None, dilation)
         if grad.dtype == grad_out.dtype == x_dtype:
             grads['x'] = grad.add_(grad_out)
         else:
             grads['x'] = torch.add(grad_out, grad).to(x_dtype)
     if x is not None:
-        grads['dwconv_weight'] = _depthwise_weight_grad(
+        grads['dwconv_weight'] = depthwise_weight_grad(
             x, grad_maps, weights.dwconv_weight, dilation
         )
     if needs.dwconv_bias:
@@ -399,7 +399,7 @@ def _grn_backward(
     return z, d_h
 
 
-def _depthwise_weight_grad(
+def depthwise_weight_grad(
     x: Tensor, grad: Tensor, weight: Tensor, dilation: int
 ) -> Tensor:
     """(C, 1, K, K) gradient of the depthwise weight, of (N, C, H, W) maps.

@@ -29,6 +29,7 @@ from convnext_mm.ops import triton as triton_ops
 from repo import ROOT
 
 pytest.importorskip('triton', minversion=triton_ops.MIN_TRITON)
+from convnext_mm.ops.triton import kernels as kernels_module
 from convnext_mm.ops.triton import launch
 from convnext_mm.ops.triton import operators as kernels
 
@@ -77,7 +78,7 @@ def test_block_of_channel_counts(channels):
     'channels', sorted({c for arch in ARCHS.values() for c in arch.channels})
 )
 def test_kernels_of_every_channel_count(channels):
-    """Those with all channels in one tile, and the weight gradient."""
+    """Those that hold all channels, or a block of them."""
     torch.manual_seed(0)
     x, grad = torch.randn(2, 2, 2, 3, channels)
     values = [
@@ -87,9 +88,10 @@ def test_kernels_of_every_channel_count(channels):
     ]
     values = [v.requires_grad_() for v in values]
     weight, bias, norm_weight, norm_bias = (v.detach() for v in values[1:])
-    out, normed = launch.depthwise_norm(
-        x, weight, bias, 1, norm_weight, norm_bias, 1e-6, keep_maps=True
-    )
+    out = launch.depthwise(x, weight, bias, 1, torch.float32)
+    normed = launch.layer_norm(
+        out.flatten(1, 2), norm_weight, norm_bias, 1e-6, torch.empty(2, 6, channels)
+    ).view(out.shape)
     expected = torch.nn.functional.conv2d(
         *values[:3], padding=1, groups=channels
     ).permute(0, 2, 3, 1)
@@ -106,13 +108,87 @@ def test_kernels_of_every_channel_count(channels):
     )
     for a, b in zip(got, expected_grads):
         torch.testing.assert_close(a, b.view(a.shape), rtol=1e-4, atol=1e-4)
-    got = launch.depthwise_weight_grad(x, grad, 3, 1)
+    got = launch.depthwise_weight_grad(x, grad, values[1], 1)
     for a, b in zip(got, torch.autograd.grad(expected, values[1:3], grad)):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize('choice', range(len(launch.STRIPS)))
+@pytest.mark.parametrize('programs, dilation', [(1, 1), (40, 1), (7, 3)])
+def test_strips_of_every_height(choice, programs, dilation, monkeypatch):
+    """High ones, low ones, several for a program, with the input cast."""
+    monkeypatch.setattr(launch, 'fixed_choice', choice)
+    monkeypatch.setattr(launch, 'programs_at_once', lambda: programs)
+    torch.manual_seed(0)
+    x, grad = torch.randn(2, 3, 40, 17, 9).bfloat16().unbind()
+    weight, bias = torch.randn(40, 1, 3, 3), torch.randn(40)
+    wide, wide_weight = (t.double().requires_grad_() for t in (x, weight))
+    expected = torch.nn.functional.conv2d(
+        wide, wide_weight, bias.double(), 1, dilation, dilation, groups=40
+    )
+    rows, grad_rows = (t.permute(0, 2, 3, 1).contiguous() for t in (x, grad))
+    out, cast = launch.depthwise_and_cast(
+        rows.float(), weight, bias, dilation, torch.bfloat16
+    )
+    assert torch.equal(cast, rows)
+    assert relative(out.permute(0, 3, 1, 2), expected) < 0.004  # one rounding
+    grads = torch.autograd.grad(expected, (wide, wide_weight), grad.double())
+    got = launch.depthwise_input_grad(grad_rows, weight, dilation, rows, torch.float32)
+    assert relative(got.permute(0, 3, 1, 2), grads[0] + x) < 1e-6
+    got, got_bias = launch.depthwise_weight_grad(rows, grad_rows, weight, dilation)
+    assert relative(got, grads[1]) < 1e-5
+    assert relative(got_bias, grad.double().sum((0, 2, 3))) < 1e-5
+
+
+def test_each_thread_has_a_value():
+    """LayerNorm's backward writes over what it reads: two threads must not share a
+    value, which those beyond a tile do."""
+    for channels in (*range(1, 130), 768, 3072):
+        for values in (16, 32):
+            tile = launch._norm_tile(channels, values)
+            assert tile['BLOCK_R'] * tile['BLOCK_C'] >= 32 * tile['num_warps']
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_gelu_of_every_16_bit_value(dtype):
+    """Less than a unit in the last place of fp16 from exact GELU, and its derivative
+    from the exact one; as far as fp32 tells."""
+    x = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype)
+    x = x[x.isfinite()].view(1, 1, -1)
+    exact = x.double().requires_grad_()
+    h = torch.nn.functional.gelu(exact)
+    (slope,) = torch.autograd.grad(h.sum(), exact)
+    size = x.shape[2]
+    got, got_slope, sums = torch.zeros(3, 1, 1, size)
+    kernels_module.gelu_backward_kernel[1, -(-size // 1024), 1](
+        torch.ones(1, 1, size),
+        x,
+        None,
+        None,
+        None,
+        got_slope,
+        got,
+        sums,
+        1,
+        size,
+        1,
+        1024,
+    )
+    assert ((got - h).abs() <= 2.7e-4 * h.abs() + 2.2e-8).all()
+    unit = 2.0 ** (h.abs().clamp(min=2**-14).log2().floor() - 10)
+    assert 0.5 < ((got - h).abs() / unit).max() < 1
+    assert (got_slope - slope).abs().max() < 2**-12
+    ends = torch.tensor([[[float('inf'), float('-inf'), float('nan')]]], dtype=dtype)
+    ones = torch.ones_like(ends)
+    slopes, values, _ = launch.gelu_backward(ones, ends, keep_activation=True)
+    assert torch.equal(slopes.isnan(), ends.isnan()) and slopes[0, 0, 0] == 1
+    assert values[0, 0, 0] == float('inf') and values[0, 0, 2].isnan()
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize('kernel, channels_last', [(1, True), (3, False), (11, True)])
+@pytest.mark.parametrize(
+    'kernel, channels_last', [(1, True), (3, False), (11, True), (13, True)]
+)
 def test_block_of_other_kernels_and_layouts(kernel, channels_last):
     values, drop_scale = arguments(kernel=kernel, size=(6, 5))
     if not channels_last:
@@ -129,8 +205,7 @@ def test_block_of_other_kernels_and_layouts(kernel, channels_last):
     [(torch.bfloat16, False), (torch.float16, False), (torch.float16, True)],
 )
 def test_16_bit_is_as_accurate_as_eager(version, scale, dtype, pure, products):
-    """Against fp64 no worse than 1.5 times eager's error; twice that in bf16,
-    which Triton's interpreter truncates where a GPU rounds."""
+    """Against fp64 no worse than 1.5 times eager's error."""
     values, drop_scale = arguments(
         32,
         (9, 10),
@@ -148,14 +223,13 @@ def test_16_bit_is_as_accurate_as_eager(version, scale, dtype, pure, products):
         run(name, values, drop_scale, autocast=None if pure else dtype)
         for name in ('eager', 'triton')
     )
-    limit = 3.0 if dtype == torch.bfloat16 else 1.5
 
     def error(value, key):
         return (value.double() - exact[key]).norm()
 
     for key, value in got.items():
         assert value.dtype == plain[key].dtype, key
-        assert error(value, key) <= limit * error(plain[key], key), key
+        assert error(value, key) <= 1.5 * error(plain[key], key), key
 
 
 @pytest.mark.slow
@@ -261,8 +335,7 @@ def test_backbone_equals_eager(settings, autocast):
             sum((a - b).square().sum() for a, b in zip(v, values[2]))
             for v in values[:2]
         )
-        # Triton's interpreter truncates to bf16 where a GPU rounds.
-        assert ours**0.5 <= 3 * theirs**0.5
+        assert ours**0.5 <= 1.5 * theirs**0.5
 
 
 @pytest.mark.slow
@@ -416,15 +489,11 @@ def test_self_check_finds_wrong_kernels(monkeypatch):
     triton_ops._works_on.cache_clear()
     assert triton_ops.works_on('cpu')
     triton_ops._works_on.cache_clear()
-    right = launch.depthwise_norm
-    monkeypatch.setattr(
-        launch,
-        'depthwise_norm',
-        lambda *a, **k: [t if t is None else 1.5 * t for t in right(*a, **k)],
-    )
+    right = launch.depthwise
+    monkeypatch.setattr(launch, 'depthwise', lambda *a: 1.5 * right(*a))
     assert not triton_ops.works_on('cpu')
     triton_ops._works_on.cache_clear()
-    monkeypatch.setattr(launch, 'depthwise_norm', None)  # raises when called
+    monkeypatch.setattr(launch, 'depthwise', None)  # raises when called
     assert not triton_ops.works_on('cpu')
     triton_ops._works_on.cache_clear()
 
@@ -432,13 +501,12 @@ def test_self_check_finds_wrong_kernels(monkeypatch):
 @pytest.mark.slow
 def test_map_sizes_are_not_compiled_in():
     """Multi-scale training has another size at every step."""
-    from convnext_mm.ops.triton import kernels as module
-
+    module = kernels_module
     names = [n for n in dir(module) if n.endswith('_kernel')]
-    assert len(names) == 8
+    assert len(names) == 10
     for name in names:
         kernel = getattr(module, name)
-        sizes = set(kernel.arg_names) & {'samples', 'height', 'width', 'pixels', 'rows'}
+        sizes = set(kernel.arg_names) & set(module.SIZES)
         assert sizes
         assert set(kernel.kwargs['do_not_specialize']) == sizes
     keys = []
@@ -527,7 +595,7 @@ def test_compiles_for_gpus_without_spills(tmp_path):
         tmp_path, '--compile', '--first', '--channels', '96', '--dtypes', 'bfloat16'
     )
     assert {r['sm'] for r in records} == {80, 90}
-    assert len({r['kernel'] for r in records}) == 8
+    assert len({r['kernel'] for r in records}) == 10
     assert all(r['spilled'] == 0 and r['registers'] > 0 for r in records)
 
 

@@ -17,7 +17,7 @@ import inspect
 import triton
 import triton.language as tl
 
-SIZES = ('samples', 'height', 'width', 'pixels', 'rows')
+SIZES = ('samples', 'height', 'width', 'strip', 'strips', 'pixels', 'rows')
 
 
 def jit(function):
@@ -31,18 +31,53 @@ def jit(function):
 
 
 @triton.jit
-def _gelu(x):
-    return 0.5 * x * (1 + tl.erf(x * 0.7071067811865476))
+def _tail(x):
+    """Of the normal distribution, for 16-bit maps: ``u``, which is ``|x|`` but 5.5 at
+    most; ``exp(-x * x / 2)``; and the probability of a value above ``|x|``.
+
+    The last is the second times a polynomial in ``u``, fitted to
+    ``erfcx(u / sqrt(2)) / 2`` so that :func:`_gelu` is off by 2.7e-4 of its value and
+    2.2e-8 at most: less than a unit in the last place of fp16 (0.73 of one).
+    """
+    u = tl.minimum(tl.abs(x), 5.5)
+    bell = tl.exp2(x * (x * -0.7213475204444817))
+    tail = tl.fma(u, -3.477801395e-05, 7.203161042e-04)
+    tail = tl.fma(u, tail, -6.382069381e-03)
+    tail = tl.fma(u, tail, 3.210613539e-02)
+    tail = tl.fma(u, tail, -1.037663666e-01)
+    tail = tl.fma(u, tail, 2.345676953e-01)
+    tail = tl.fma(u, tail, -3.955119893e-01)
+    tail = tl.fma(u, tail, 4.998525361e-01)
+    return u, bell, tail * bell
 
 
 @triton.jit
-def _gelu_and_slope(x):
-    """GELU and its derivative."""
-    cdf = 0.5 * (1 + tl.erf(x * 0.7071067811865476))
-    density = 0.3989422804014327 * tl.exp(-0.5 * x * x)
-    # At infinity the derivative is 1 or 0, not infinity times 0.
-    slope = tl.where(tl.abs(x) < 20.0, cdf + x * density, cdf)
-    return x * cdf, slope
+def _gelu(x, EXACT: tl.constexpr):
+    """GELU of fp32 values; not EXACT: as near as 16-bit maps can tell."""
+    if EXACT:
+        gelu = 0.5 * x * (1 + tl.erf(x * 0.7071067811865476))
+    else:
+        u, _, tail = _tail(x)
+        gelu = tl.fma(-u, tail, tl.maximum(x, 0.0))
+    return gelu
+
+
+@triton.jit
+def _gelu_and_slope(x, EXACT: tl.constexpr):
+    """:func:`_gelu` and its derivative."""
+    if EXACT:
+        cdf = 0.5 * (1 + tl.erf(x * 0.7071067811865476))
+        density = 0.3989422804014327 * tl.exp(-0.5 * x * x)
+        # At infinity the derivative is 1 or 0, not infinity times 0.
+        slope = tl.where(tl.abs(x) < 20.0, cdf + x * density, cdf)
+        gelu = x * cdf
+    else:
+        u, bell, tail = _tail(x)
+        gelu = tl.fma(-u, tail, tl.maximum(x, 0.0))
+        # That of -|x|; the two of x and -x sum to 1.
+        slope = tl.fma(u * -0.3989422804014327, bell, tail)
+        slope = tl.where(x < 0, slope, 1 - slope)
+    return gelu, slope
 
 
 @triton.jit
@@ -63,11 +98,72 @@ def _mean_and_rstd(x, channel_ok, channels, eps):
 
 
 @triton.jit
-def _within(row, height, like):
-    """Whether a map has a row, as a block like another: Triton's interpreter takes
-    one comparison of its own for an integer, which no mask may be."""
-    rows = row + tl.zeros_like(like)
-    return (rows >= 0) & (rows < height)
+def _strips(
+    first,
+    samples,
+    height,
+    width,
+    strip,
+    CHANNELS: tl.constexpr,
+    DILATION: tl.constexpr,
+    TILE_W: tl.constexpr,
+    LANES: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """LANES strips of a map (N, H, W, C), from the one numbered ``first`` on, each
+    TILE_W columns wide and ``strip`` rows high, of BLOCK_C channels. With dilation d
+    its rows and columns are d apart, so that its outputs share inputs.
+
+    Returns:
+        Where its sample starts, its first row, its first column, and the width of the
+        map, or 0 beyond the last strip or channel: all (LANES, BLOCK_C), as all that
+        the depthwise kernels hold. (Broadcasts cost Triton layouts, and time.)
+    """
+    zeros = tl.zeros((LANES, BLOCK_C), tl.int32)
+    channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :] + zeros
+    number = first + tl.arange(0, LANES)[:, None] + zeros
+    across = DILATION * tl.cdiv(tl.cdiv(width, DILATION), TILE_W)
+    down = DILATION * tl.cdiv(tl.cdiv(height, DILATION), strip)
+    column = number % across
+    left = (column // DILATION) * (TILE_W * DILATION) + column % DILATION
+    number = number // across
+    row = number % down
+    top = (row // DILATION) * (strip * DILATION) + row % DILATION
+    sample = number // down
+    limit = tl.where((sample < samples) & (channel < CHANNELS), width, 0)
+    start = sample.to(tl.int64) * (height * width) * CHANNELS + channel
+    return start, top, left, limit
+
+
+@triton.jit
+def _within(column, limit):
+    """``0 <= column < limit``, in one comparison."""
+    return column.to(tl.uint32) < limit.to(tl.uint32)
+
+
+@triton.jit
+def _load_row(
+    x_ptr,
+    row_start,
+    left,
+    limit,
+    CHANNELS: tl.constexpr,
+    KERNEL: tl.constexpr,
+    DILATION: tl.constexpr,
+    TILE_W: tl.constexpr,
+):
+    """The inputs in fp32 that TILE_W outputs of a row touch, as a tuple of columns.
+    ``row_start`` is where the first of them lies, outside the map perhaps."""
+    values = ()
+    for c in tl.static_range(TILE_W + KERNEL - 1):
+        values = values + (
+            tl.load(
+                x_ptr + row_start + c * (DILATION * CHANNELS),
+                _within(left + (c - KERNEL // 2) * DILATION, limit),
+                other=0.0,
+            ).to(tl.float32),
+        )
+    return values
 
 
 @jit
@@ -76,113 +172,103 @@ def depthwise_kernel(
     weight_ptr,
     bias_ptr,
     residual_ptr,
-    norm_weight_ptr,
-    norm_bias_ptr,
     out_ptr,
-    normed_ptr,
+    cast_ptr,
+    samples,
     height,
     width,
-    channels,
-    eps,
+    strip,
+    CHANNELS: tl.constexpr,
     KERNEL: tl.constexpr,
     DILATION: tl.constexpr,
     FLIP: tl.constexpr,
-    TILE_H: tl.constexpr,
     TILE_W: tl.constexpr,
+    LANES: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Depthwise convolution of (N, H, W, C), stride 1, size kept; then its
-    bias, a residual and LayerNorm, each where its pointer is not None.
+    """Depthwise convolution of (N, H, W, C), stride 1, size kept; then its bias and
+    a residual, each where its pointer is not None.
 
-    A program computes TILE_H x TILE_W outputs of BLOCK_C channels. It walks
-    over the kernel's columns, holds one column of weights in registers, and
-    loads each input of the column once for the TILE_H outputs that it touches.
-    With dilation d the rows of a tile are d apart, so that they share inputs.
+    A thread owns one channel, all of its weights, and a strip of TILE_W columns. It
+    walks down the strip. Each input is loaded once for the K * min(K, TILE_W)
+    products, about, that it has with outputs of the K rows that are under way; the
+    topmost of these is then complete.
 
     Args:
         weight_ptr: (K * K, C).
         residual_ptr: (N, H, W, C), of any floating dtype.
-        normed_ptr: None, or where LayerNorm of the output goes; BLOCK_C then
-            covers all channels.
-        out_ptr: May be None with ``normed_ptr``.
+        cast_ptr: None, or (N, H, W, C), where the input goes in another dtype.
         FLIP: Turn the kernel round: the gradient of the input.
     """
-    tiles_w = tl.cdiv(width, TILE_W)
-    tile_rows = DILATION * tl.cdiv(tl.cdiv(height, DILATION), TILE_H)
-    tile = tl.program_id(0)
-    column = (tile % tiles_w) * TILE_W + tl.arange(0, TILE_W)
-    tile = tile // tiles_w
-    base = (tile // tile_rows).to(tl.int64) * height * width * channels
-    tile = tile % tile_rows
-    top = (tile // DILATION) * (TILE_H * DILATION) + tile % DILATION
-    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    channel_ok = channel < channels
-
-    accumulators = (tl.zeros((TILE_W, BLOCK_C), tl.float32),) * TILE_H
-    # Not unrolled: that compiles ten times as long, into code too large for
-    # the instruction caches.
-    for j in range(KERNEL):
-        weights = ()
-        for i in tl.static_range(KERNEL):
-            tap = i * KERNEL + j if not FLIP else KERNEL * KERNEL - 1 - (i * KERNEL + j)
-            weights = weights + (
-                tl.load(
-                    weight_ptr + tap * channels + channel, channel_ok, other=0.0
-                ).to(tl.float32),
-            )
-        source = column + (j - KERNEL // 2) * DILATION
-        source_ok = (source >= 0) & (source < width) & (column < width)
-        for r in tl.static_range(KERNEL + TILE_H - 1):
-            row = top + (r - KERNEL // 2) * DILATION
-            pixel = row * width + source
-            values = tl.load(
-                x_ptr + base + pixel[:, None] * channels + channel[None, :],
-                (_within(row, height, column) & source_ok)[:, None]
-                & channel_ok[None, :],
+    HALF: tl.constexpr = KERNEL // 2
+    start, top, left, limit = _strips(
+        tl.program_id(1) * LANES,
+        samples,
+        height,
+        width,
+        strip,
+        CHANNELS,
+        DILATION,
+        TILE_W,
+        LANES,
+        BLOCK_C,
+    )
+    channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+    channel += tl.zeros((LANES, BLOCK_C), tl.int32)
+    channel_ok = channel < CHANNELS
+    weights = ()
+    for tap in tl.static_range(KERNEL * KERNEL):
+        weights = weights + (
+            tl.load(
+                weight_ptr
+                + (KERNEL * KERNEL - 1 - tap if FLIP else tap) * CHANNELS
+                + channel,
+                channel_ok,
                 other=0.0,
-            ).to(tl.float32)
-            updated = ()
-            for o in tl.static_range(TILE_H):
-                if r - o >= 0 and r - o < KERNEL:
-                    updated = updated + (
-                        accumulators[o] + values * weights[r - o][None, :],
-                    )
-                else:
-                    updated = updated + (accumulators[o],)
-            accumulators = updated
-
-    bias = tl.zeros((BLOCK_C,), tl.float32)
+            ).to(tl.float32),
+        )
+    bias = tl.zeros((LANES, BLOCK_C), tl.float32)
     if bias_ptr is not None:
-        bias = tl.load(bias_ptr + channel, channel_ok, other=0.0).to(tl.float32)
-    if normed_ptr is not None:
-        norm_weight = tl.load(norm_weight_ptr + channel, channel_ok, other=0.0).to(
-            tl.float32
+        bias += tl.load(bias_ptr + channel, channel_ok, other=0.0).to(tl.float32)
+    # Row by row; the first TILE_W are the topmost row's.
+    sums = (bias,) * (KERNEL * TILE_W)
+    bottom = tl.minimum(top + strip * DILATION, height)
+    row = top - HALF * DILATION
+    in_start = start + (row * width + left - HALF * DILATION) * CHANNELS
+    out_start = start + ((row - HALF * DILATION) * width + left) * CHANNELS
+    for _ in range(strip + KERNEL - 1):
+        row_limit = tl.where(_within(row, height), limit, 0)
+        values = _load_row(
+            x_ptr, in_start, left, row_limit, CHANNELS, KERNEL, DILATION, TILE_W
         )
-        norm_bias = tl.load(norm_bias_ptr + channel, channel_ok, other=0.0).to(
-            tl.float32
-        )
-    for o in tl.static_range(TILE_H):
-        row = top + o * DILATION
-        pixel = row * width + column
-        offset = pixel[:, None] * channels + channel[None, :]
-        row_ok = _within(row, height, column)
-        ok = (row_ok & (column < width))[:, None] & channel_ok[None, :]
-        result = accumulators[o] + bias[None, :]
-        if residual_ptr is not None:
-            result += tl.load(residual_ptr + base + offset, ok, other=0.0)
-        if out_ptr is not None:
-            result = result.to(out_ptr.dtype.element_ty)
-            tl.store(out_ptr + base + offset, result, ok)
-        if normed_ptr is not None:
-            # Of the rounded map: backward has no other.
-            result = result.to(normed_ptr.dtype.element_ty).to(tl.float32)
-            mean, rstd = _mean_and_rstd(result, channel_ok, channels, eps)
-            result = (result - mean[:, None]) * rstd[:, None] * norm_weight[
-                None, :
-            ] + norm_bias[None, :]
-            tl.store(
-                normed_ptr + base + offset, result.to(normed_ptr.dtype.element_ty), ok
-            )
+        updated = ()
+        for i in tl.static_range(KERNEL - 1, -1, -1):
+            for w in tl.static_range(TILE_W):
+                total = sums[(KERNEL - 1 - i) * TILE_W + w]
+                for j in tl.static_range(KERNEL):
+                    total = tl.fma(values[w + j], weights[i * KERNEL + j], total)
+                updated = updated + (total,)
+        if cast_ptr is not None:
+            own_limit = tl.where((row >= top) & (row < bottom), limit, 0)
+            for w in tl.static_range(TILE_W):
+                tl.store(
+                    cast_ptr + in_start + (w + HALF) * (DILATION * CHANNELS),
+                    values[w + HALF].to(cast_ptr.dtype.element_ty),
+                    left + w * DILATION < own_limit,
+                )
+        out_row = row - HALF * DILATION
+        out_limit = tl.where((out_row >= top) & (out_row < bottom), limit, 0)
+        for w in tl.static_range(TILE_W):
+            offset = out_start + w * (DILATION * CHANNELS)
+            ok = left + w * DILATION < out_limit
+            result = updated[w]
+            if residual_ptr is not None:
+                result += tl.load(residual_ptr + offset, ok, other=0.0).to(tl.float32)
+            tl.store(out_ptr + offset, result.to(out_ptr.dtype.element_ty), ok)
+        sums = updated[TILE_W:] + (bias,) * TILE_W
+        row += DILATION
+        in_start += DILATION * width * CHANNELS
+        out_start += DILATION * width * CHANNELS
 
 
 @jit
@@ -190,75 +276,89 @@ def depthwise_weight_grad_kernel(
     x_ptr,
     grad_ptr,
     out_ptr,
-    bias_out_ptr,
+    samples,
     height,
     width,
-    rows,
-    channels,
+    strip,
+    strips,
+    CHANNELS: tl.constexpr,
     KERNEL: tl.constexpr,
     DILATION: tl.constexpr,
     TILE_W: tl.constexpr,
+    LANES: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """Partial gradients of the depthwise weight and bias.
 
-    A program sums one row of the kernel over a share of the N * H map rows.
+    A thread owns one channel and the sums of all of its weights. It walks down
+    strips of TILE_W columns with the K rows of the output's gradient that an input
+    row touches, and loads each value of both once for a strip. A gradient that is
+    not finite makes NaN also of weights that met the padding there alone.
 
     Args:
         x_ptr, grad_ptr: (N, H, W, C), the input and the output's gradient.
-        out_ptr: (S, K * K, C) fp32, one part for each of S shares.
-        bias_out_ptr: (S, C) fp32.
-        rows: N * H.
+        out_ptr: (programs along 1, LANES, K * K + 1, C) fp32, the bias's part last.
+        strips: In all samples.
     """
-    i = tl.program_id(0)
-    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    channel_ok = channel < channels
-    share = tl.program_id(2)
-    per_share = tl.cdiv(rows, tl.num_programs(2))
-    column = tl.arange(0, TILE_W)
-
-    sums = (tl.zeros((TILE_W, BLOCK_C), tl.float32),) * KERNEL
-    bias_sum = tl.zeros((TILE_W, BLOCK_C), tl.float32)
-    end = tl.minimum((share + 1) * per_share, rows)
-    wide = width.to(tl.int64)
-    for row in range(share * per_share, end):
-        shift = (i - KERNEL // 2) * DILATION
-        source_row = row % height + shift
-        row_ok = _within(source_row, height, column)
-        start = row * wide * channels
-        source_start = (row + shift) * wide * channels
-        for left in range(0, width, TILE_W):
-            inside = left + column < width
-            pixel = left + column
-            grad = tl.load(
-                grad_ptr + start + pixel[:, None] * channels + channel[None, :],
-                inside[:, None] & channel_ok[None, :],
-                other=0.0,
-            ).to(tl.float32)
-            bias_sum += grad
-            updated = ()
-            for j in tl.static_range(KERNEL):
-                source = left + column + (j - KERNEL // 2) * DILATION
-                ok = row_ok & inside & (source >= 0) & (source < width)
-                values = tl.load(
-                    x_ptr
-                    + source_start
-                    + source[:, None] * channels
-                    + channel[None, :],
-                    ok[:, None] & channel_ok[None, :],
-                    other=0.0,
-                ).to(tl.float32)
-                # Not 0 * gradient: that may be infinite.
-                updated = updated + (
-                    sums[j] + tl.where(ok[:, None], values * grad, 0.0),
+    HALF: tl.constexpr = KERNEL // 2
+    TAPS: tl.constexpr = KERNEL * KERNEL
+    zeros = tl.zeros((LANES, BLOCK_C), tl.float32)
+    sums = (zeros,) * (TAPS + 1)
+    first = tl.program_id(1) * LANES
+    for number in range(first, strips, tl.num_programs(1) * LANES):
+        start, top, left, limit = _strips(
+            number,
+            samples,
+            height,
+            width,
+            strip,
+            CHANNELS,
+            DILATION,
+            TILE_W,
+            LANES,
+            BLOCK_C,
+        )
+        bottom = tl.minimum(top + strip * DILATION, height)
+        row = top - HALF * DILATION
+        in_start = start + (row * width + left - HALF * DILATION) * CHANNELS
+        grad_start = start + (top * width + left) * CHANNELS
+        grads = (zeros,) * (KERNEL * TILE_W)
+        for _ in range(strip + KERNEL - 1):
+            # The strip's rows alone: others belong to other strips.
+            grad_limit = tl.where(row + HALF * DILATION < bottom, limit, 0)
+            grads = grads[TILE_W:]
+            for w in tl.static_range(TILE_W):
+                grads = grads + (
+                    tl.load(
+                        grad_ptr + grad_start + w * (DILATION * CHANNELS),
+                        left + w * DILATION < grad_limit,
+                        other=0.0,
+                    ).to(tl.float32),
                 )
-            sums = updated
-    for j in tl.static_range(KERNEL):
-        tap = (share * KERNEL + i) * KERNEL + j
-        tl.store(out_ptr + tap * channels + channel, tl.sum(sums[j], 0), channel_ok)
-    if i == 0:
+            row_limit = tl.where(_within(row, height), limit, 0)
+            values = _load_row(
+                x_ptr, in_start, left, row_limit, CHANNELS, KERNEL, DILATION, TILE_W
+            )
+            updated = ()
+            for i in tl.static_range(KERNEL):
+                for j in tl.static_range(KERNEL):
+                    total = sums[i * KERNEL + j]
+                    for w in tl.static_range(TILE_W):
+                        grad = grads[(KERNEL - 1 - i) * TILE_W + w]
+                        total = tl.fma(values[w + j], grad, total)
+                    updated = updated + (total,)
+            total = sums[TAPS]
+            for w in tl.static_range(TILE_W):
+                total += grads[(KERNEL - 1) * TILE_W + w]
+            sums = updated + (total,)
+            row += DILATION
+            in_start += DILATION * width * CHANNELS
+            grad_start += DILATION * width * CHANNELS
+    channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+    part = (first + tl.arange(0, LANES)[:, None]).to(tl.int64) * ((TAPS + 1) * CHANNELS)
+    for tap in tl.static_range(TAPS + 1):
         tl.store(
-            bias_out_ptr + share * channels + channel, tl.sum(bias_sum, 0), channel_ok
+            out_ptr + part + tap * CHANNELS + channel, sums[tap], channel < CHANNELS
         )
 
 
@@ -387,7 +487,10 @@ def gelu_scaled_kernel(
     offset = pixel[:, None] * hidden + column[None, :]
     ok = (pixel < pixels)[:, None] & column_ok[None, :]
     scale = tl.load(scale_ptr + sample * hidden + column, column_ok, other=0.0)
-    h = _gelu(tl.load(x_ptr + base + offset, ok, other=0.0).to(tl.float32))
+    h = _gelu(
+        tl.load(x_ptr + base + offset, ok, other=0.0).to(tl.float32),
+        x_ptr.dtype.element_ty == tl.float32,
+    )
     tl.store(
         out_ptr + base + offset, (h * scale[None, :]).to(out_ptr.dtype.element_ty), ok
     )
@@ -423,7 +526,10 @@ def gelu_sums_kernel(
     for start in range(tl.program_id(0) * BLOCK_R, pixels, step):
         base = (sample * pixels + start) * hidden
         ok = (start + tile_row < pixels)[:, None] & column_ok[None, :]
-        h = _gelu(tl.load(x_ptr + base + offset, ok, other=0.0).to(tl.float32))
+        h = _gelu(
+            tl.load(x_ptr + base + offset, ok, other=0.0).to(tl.float32),
+            x_ptr.dtype.element_ty == tl.float32,
+        )
         if grad_ptr is not None:
             grad = tl.load(grad_ptr + base + offset, ok, other=0.0).to(tl.float32)
             grad_total += grad
@@ -481,7 +587,8 @@ def gelu_backward_kernel(
         ok = (start + tile_row < pixels)[:, None] & column_ok[None, :]
         grad = tl.load(grad_ptr + base + offset, ok, other=0.0).to(tl.float32)
         h, slope = _gelu_and_slope(
-            tl.load(x_ptr + base + offset, ok, other=0.0).to(tl.float32)
+            tl.load(x_ptr + base + offset, ok, other=0.0).to(tl.float32),
+            x_ptr.dtype.element_ty == tl.float32,
         )
         if scale_ptr is not None:
             grad = grad * scale[None, :] + h * along[None, :]
@@ -506,7 +613,8 @@ def linear_kernel(
     bias_ptr,
     hidden_ptr,
     residual_ptr,
-    scale_ptr,
+    gamma_ptr,
+    drop_ptr,
     out_ptr,
     second_out_ptr,
     bias_out_ptr,
@@ -516,8 +624,7 @@ def linear_kernel(
     inner,
     weight_inner,
     weight_column,
-    scale_sample,
-    scale_column,
+    EVEN: tl.constexpr,
     EPILOGUE: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -530,15 +637,18 @@ def linear_kernel(
     Args:
         weight_ptr: (K, N) of any strides.
         bias_ptr: (N,), or None.
+        EVEN: K is a multiple of BLOCK_K.
         EPILOGUE: ``'gelu'``: ``out = gelu(y)``, and ``y`` to ``second_out``
-            unless that is None. ``'residual'``: ``out = residual + scale *
-            y``, scale of (samples or 1, N or 1) by its strides.
+            unless that is None. ``'residual'``: ``out = residual + drop * gamma *
+            y``, ``gamma`` (N,) and ``drop`` (samples,), or None.
             ``'gelu_backward'``: ``out = y * gelu'(hidden)``, ``gelu(hidden)``
             to ``second_out`` unless that is None, and for each block of rows
             the sums of ``out`` to ``bias_out`` (blocks, N), fp32.
+        pixels: Of a sample.
         WIDEN: Multiply in fp32: Triton's interpreter multiplies the bits of
             bf16 numbers as if they were integers.
     """
+    EXACT: tl.constexpr = x_ptr.dtype.element_ty == tl.float32
     program = tl.program_id(0)
     row_blocks = tl.cdiv(rows, BLOCK_R)
     column_blocks = tl.cdiv(columns, BLOCK_N)
@@ -550,22 +660,25 @@ def linear_kernel(
     within = program % (GROUP * column_blocks)
     row_block = first + within % group_rows
     column_block = within // group_rows
-
     tile_row = tl.arange(0, BLOCK_R)
+    k = tl.arange(0, BLOCK_K)
     start_row = (row_block * BLOCK_R).to(tl.int64)
     row_ok = row_block * BLOCK_R + tile_row < rows
     column = column_block * BLOCK_N + tl.arange(0, BLOCK_N)
     column_ok = column < columns
-    k = tl.arange(0, BLOCK_K)
     x_tile = x_ptr + start_row * inner + tile_row[:, None] * inner + k[None, :]
     weight_tile = (
         weight_ptr + k[:, None] * weight_inner + column[None, :] * weight_column
     )
     y = tl.zeros((BLOCK_R, BLOCK_N), tl.float32)
     for start in range(0, inner, BLOCK_K):
-        k_ok = start + k < inner
-        x = tl.load(x_tile, row_ok[:, None] & k_ok[None, :], other=0.0)
-        weight = tl.load(weight_tile, k_ok[:, None] & column_ok[None, :], other=0.0)
+        if EVEN:
+            x = tl.load(x_tile, row_ok[:, None], other=0.0)
+            weight = tl.load(weight_tile, column_ok[None, :], other=0.0)
+        else:
+            k_ok = start + k < inner
+            x = tl.load(x_tile, row_ok[:, None] & k_ok[None, :], other=0.0)
+            weight = tl.load(weight_tile, k_ok[:, None] & column_ok[None, :], other=0.0)
         if WIDEN:
             x, weight = x.to(tl.float32), weight.to(tl.float32)
         y = tl.dot(x, weight, y)
@@ -576,34 +689,130 @@ def linear_kernel(
     offset = tile_row[:, None] * columns + column[None, :]
     ok = row_ok[:, None] & column_ok[None, :]
     if bias_ptr is not None:
-        y += tl.load(bias_ptr + column, column_ok, other=0.0).to(tl.float32)[None, :]
+        bias = tl.load(bias_ptr + column, column_ok, other=0.0)
+        y += bias.to(tl.float32)[None, :]
     if EPILOGUE == 'gelu':
         # Of the rounded value: backward has no other.
         y = y.to(out_ptr.dtype.element_ty)
         if second_out_ptr is not None:
             tl.store(second_out_ptr + base + offset, y, ok)
-        out = _gelu(y.to(tl.float32))
+        out = _gelu(y.to(tl.float32), EXACT)
     elif EPILOGUE == 'residual':
-        if scale_ptr is not None:
+        if gamma_ptr is not None:
+            gamma = tl.load(gamma_ptr + column, column_ok, other=0.0)
+            y *= gamma.to(tl.float32)[None, :]
+        if drop_ptr is not None:
             sample = (row_block * BLOCK_R + tile_row) // pixels
-            y *= tl.load(
-                scale_ptr
-                + sample[:, None] * scale_sample
-                + column[None, :] * scale_column,
-                ok,
-                other=0.0,
-            )
-        out = tl.load(residual_ptr + base + offset, ok, other=0.0).to(tl.float32) + y
+            y *= tl.load(drop_ptr + sample, row_ok, other=0.0)[:, None]
+        out = tl.load(residual_ptr + base + offset, ok, other=0.0).to(tl.float32)
+        out += y
     else:
         h, slope = _gelu_and_slope(
-            tl.load(hidden_ptr + base + offset, ok, other=0.0).to(tl.float32)
+            tl.load(hidden_ptr + base + offset, ok, other=0.0).to(tl.float32), EXACT
         )
         out = y * slope
         if second_out_ptr is not None:
-            tl.store(
-                second_out_ptr + base + offset,
-                h.to(second_out_ptr.dtype.element_ty),
-                ok,
-            )
+            h = h.to(second_out_ptr.dtype.element_ty)
+            tl.store(second_out_ptr + base + offset, h, ok)
         tl.store(bias_out_ptr + row_block * columns + column, tl.sum(out, 0), column_ok)
     tl.store(out_ptr + base + offset, out.to(out_ptr.dtype.element_ty), ok)
+
+
+@jit
+def product_kernel(
+    a_ptr,
+    b_ptr,
+    out_ptr,
+    rows,
+    a_columns,
+    b_columns,
+    BLOCK_A: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
+    """Parts of ``sum over rows of a^T b``, one for each program along 1.
+
+    Args:
+        a_ptr, b_ptr: (R, A) and (R, B).
+        out_ptr: (programs along 1, A, B), fp32.
+        WIDEN: As in :func:`linear_kernel`.
+    """
+    b_blocks = tl.cdiv(b_columns, BLOCK_B)
+    a_column = (tl.program_id(0) // b_blocks) * BLOCK_A + tl.arange(0, BLOCK_A)
+    b_column = (tl.program_id(0) % b_blocks) * BLOCK_B + tl.arange(0, BLOCK_B)
+    k = tl.arange(0, BLOCK_K)
+    steps = tl.cdiv(tl.cdiv(rows, BLOCK_K), tl.num_programs(1))
+    first = tl.program_id(1) * steps * BLOCK_K
+    a_tile = a_ptr + (first + k).to(tl.int64)[None, :] * a_columns + a_column[:, None]
+    b_tile = b_ptr + (first + k).to(tl.int64)[:, None] * b_columns + b_column[None, :]
+    out = tl.zeros((BLOCK_A, BLOCK_B), tl.float32)
+    for step in range(steps):
+        row_ok = first + step * BLOCK_K + k < rows
+        a = tl.load(
+            a_tile, row_ok[None, :] & (a_column < a_columns)[:, None], other=0.0
+        )
+        b = tl.load(
+            b_tile, row_ok[:, None] & (b_column < b_columns)[None, :], other=0.0
+        )
+        if WIDEN:
+            a, b = a.to(tl.float32), b.to(tl.float32)
+        out = tl.dot(a, b, out)
+        a_tile += BLOCK_K * a_columns
+        b_tile += BLOCK_K * b_columns
+    part = tl.program_id(1).to(tl.int64) * a_columns * b_columns
+    tl.store(
+        out_ptr + part + a_column[:, None] * b_columns + b_column[None, :],
+        out,
+        (a_column < a_columns)[:, None] & (b_column < b_columns)[None, :],
+    )
+
+
+@jit
+def scaled_kernel(
+    x_ptr,
+    scale_ptr,
+    out_ptr,
+    sums_ptr,
+    samples,
+    pixels,
+    channels,
+    scale_sample,
+    scale_channel,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """``x * scale`` in another dtype, (N, P, C), and its sums over pixels.
+
+    Args:
+        scale_ptr: (samples or 1, C or 1) by its strides, fp32, or None for 1.
+        sums_ptr: None, or (programs along 0, C) fp32, one part for each.
+    """
+    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    channel_ok = channel < channels
+    tile_row = tl.arange(0, BLOCK_R)
+    offset = tile_row[:, None] * channels + channel[None, :]
+    total = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+    blocks = tl.cdiv(pixels, BLOCK_R)
+    for block in range(tl.program_id(0), samples * blocks, tl.num_programs(0)):
+        sample = (block // blocks).to(tl.int64)
+        start = (block % blocks) * BLOCK_R
+        base = (sample * pixels + start) * channels
+        ok = (start + tile_row < pixels)[:, None] & channel_ok[None, :]
+        x = tl.load(x_ptr + base + offset, ok, other=0.0).to(tl.float32)
+        if scale_ptr is not None:
+            scale = tl.load(
+                scale_ptr + sample * scale_sample + channel * scale_channel,
+                channel_ok,
+                other=0.0,
+            )
+            x *= scale[None, :]
+        x = x.to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + base + offset, x, ok)
+        total += x.to(tl.float32)
+    if sums_ptr is not None:
+        tl.store(
+            sums_ptr + tl.program_id(0) * channels + channel,
+            tl.sum(total, 0),
+            channel_ok,
+        )

@@ -12,11 +12,14 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
+from .. import lean
+from ..fused import residual_scale
 from . import kernels
 
 INTERPRETED = triton.knobs.runtime.interpret
-# Accumulators of a thread, with LayerNorm to follow and without: more spill.
-NORM_VALUES, PLAIN_VALUES = 16, 32
+# A thread of the depthwise kernels holds all weights of a channel.
+LARGEST_KERNEL = 11
+_MM_INTO_FP32 = hasattr(torch.ops.aten.mm, 'dtype')
 _fastest: dict[tuple, Any] = {}
 # Checks set it: the number of the candidate to take, nothing is measured.
 fixed_choice: int | None = None
@@ -24,21 +27,20 @@ fixed_choice: int | None = None
 Candidate = TypeVar('Candidate')
 
 
-class Tile(NamedTuple):
-    """Of :func:`.kernels.depthwise_kernel`."""
+class Strips(NamedTuple):
+    """How the depthwise kernels part a map: strips of ``width`` columns, as high as
+    gives each warp that the device holds at once ``1 / waves`` of them."""
 
-    height: int
     width: int
-    block_c: int
-    warps: int
+    waves: float
 
 
 class ProductTile(NamedTuple):
-    """Of :func:`.kernels.linear_kernel`."""
+    """Of :func:`.kernels.linear_kernel` and :func:`.kernels.product_kernel`: rows and
+    columns of a block of the output."""
 
     rows: int
     columns: int
-    inner: int
     warps: int
     stages: int
 
@@ -48,21 +50,14 @@ class ProductTile(NamedTuple):
 PRODUCT_TILES = {
     epilogue: tuple(ProductTile(*tile) for tile in tiles)
     for epilogue, tiles in dict(
-        gelu=(
-            (128, 128, 64, 8, 3),
-            (128, 64, 64, 4, 4),
-            (64, 128, 64, 4, 4),
-            (64, 64, 64, 4, 4),
-        ),
-        residual=(
-            (128, 128, 64, 8, 3),
-            (128, 64, 64, 4, 4),
-            (64, 128, 64, 4, 4),
-            (64, 64, 64, 4, 4),
-        ),
-        gelu_backward=((128, 64, 64, 8, 3), (64, 128, 64, 8, 3), (64, 64, 64, 4, 4)),
+        gelu=((128, 128, 8, 3), (128, 64, 4, 4), (64, 128, 4, 4), (64, 64, 4, 4)),
+        residual=((128, 128, 8, 3), (128, 64, 8, 3), (64, 128, 8, 3), (64, 64, 4, 4)),
+        gelu_backward=((128, 64, 8, 3), (64, 128, 8, 3), (64, 64, 4, 4)),
     ).items()
 }
+SUM_TILES = tuple(
+    ProductTile(*tile) for tile in ((128, 128, 8, 3), (64, 128, 4, 4), (64, 64, 4, 4))
+)
 
 
 def fastest(
@@ -127,50 +122,24 @@ def programs_at_once() -> int:
     )
 
 
-def depthwise_tiles(channels: int, norm: bool) -> list[Tile]:
-    """Candidates, the likeliest first. ``norm`` needs all channels in one."""
-    block_c = triton.next_power_of_2(channels)
-    if not norm:
-        block_c = min(block_c, 64)
-    tiles = []
-    values, shapes = (
-        (NORM_VALUES, ((4, 2), (8, 2), (8, 4), (8, 1)))
-        if norm
-        else (PLAIN_VALUES, ((4, 4), (8, 4), (4, 2), (8, 2)))
-    )
-    for warps, height in shapes:
-        width = values * 32 * warps // (height * block_c)
-        if width:
-            tiles.append(Tile(height, min(width, 16), block_c, warps))
-    return tiles or [Tile(1, 1, block_c, 16)]
+# Wider strips load less for each product and need more registers.
+STRIPS = (Strips(4, 1), Strips(4, 2), Strips(8, 1))
+WARPS = 4
 
 
-def depthwise_norm(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    dilation: int,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    eps: float,
-    keep_maps: bool,
-) -> tuple[Tensor | None, Tensor]:
-    """Depthwise convolution, then LayerNorm.
+def depthwise(
+    x: Tensor, weight: Tensor, bias: Tensor, dilation: int, dtype: torch.dtype
+) -> Tensor:
+    """Depthwise convolution of (N, H, W, C) and its bias, in ``dtype``."""
+    return _depthwise(x, weight, bias, dilation, dtype)
 
-    Args:
-        x: (N, H, W, C).
-        weight: (C, 1, K, K).
-        bias, norm_weight, norm_bias: (C,).
 
-    Returns:
-        The convolution's output with ``keep_maps``, else None, and LayerNorm's;
-        both like ``x``.
-    """
-    out = torch.empty_like(x) if keep_maps else None
-    normed = torch.empty_like(x)
-    norm = (norm_weight, norm_bias, normed, eps)
-    _depthwise(x, weight, bias, dilation, out, norm=norm)
-    return out, normed
+def depthwise_and_cast(
+    x: Tensor, weight: Tensor, bias: Tensor, dilation: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """:func:`depthwise`, and ``x`` in ``dtype``."""
+    cast = torch.empty_like(x, dtype=dtype)
+    return _depthwise(x, weight, bias, dilation, dtype, cast=cast), cast
 
 
 def depthwise_input_grad(
@@ -178,10 +147,8 @@ def depthwise_input_grad(
 ) -> Tensor:
     """Gradient of the depthwise convolution's input plus ``residual``, in
     ``dtype``; both and ``grad`` (N, H, W, C)."""
-    out = torch.empty_like(grad, dtype=dtype)
     # Same padding, stride 1: the same convolution with the kernel turned round.
-    _depthwise(grad, weight, None, dilation, out, residual=residual, flip=True)
-    return out
+    return _depthwise(grad, weight, None, dilation, dtype, residual, flip=True)
 
 
 def _depthwise(
@@ -189,101 +156,138 @@ def _depthwise(
     weight: Tensor,
     bias: Tensor | None,
     dilation: int,
-    out: Tensor | None,
+    dtype: torch.dtype,
     residual: Tensor | None = None,
-    norm: tuple[Tensor, Tensor, Tensor, float] | None = None,
+    cast: Tensor | None = None,
     flip: bool = False,
-) -> None:
-    """:func:`.kernels.depthwise_kernel` of (N, H, W, C), into ``out``; ``norm`` is
-    LayerNorm's weight, bias, output and eps."""
+) -> Tensor:
+    """:func:`.kernels.depthwise_kernel` of (N, H, W, C)."""
     n, height, width, channels = x.shape
     size = weight.shape[-1]
-    taps = weight.to(x.dtype).view(channels, size * size).t().contiguous()
-    norm_weight, norm_bias, normed, eps = norm or (None, None, None, 0.0)
+    if size > LARGEST_KERNEL:
+        if cast is not None:
+            x = cast.copy_(x)
+        out = lean.depthwise(
+            x.permute(0, 3, 1, 2),
+            (weight.flip(2, 3) if flip else weight).to(x.dtype),
+            None if bias is None else bias.to(x.dtype),
+            dilation,
+        ).permute(0, 2, 3, 1)
+        return (out if residual is None else out + residual).to(dtype)
+    out = torch.empty_like(x, dtype=dtype)
     if not x.numel():
-        return
+        return out
+    taps = torch.transpose_copy(weight.view(channels, size * size), 0, 1)
+    block_c, lanes = _lanes(channels)
 
-    def run(tile: Tile) -> None:
-        phase_rows = triton.cdiv(triton.cdiv(height, dilation), tile.height)
-        grid = (
-            n * dilation * phase_rows * triton.cdiv(width, tile.width),
-            triton.cdiv(channels, tile.block_c),
-        )
-        kernels.depthwise_kernel[grid](
+    def run(strips: Strips) -> None:
+        strip, number = _strip(x.shape, dilation, strips)
+        kernels.depthwise_kernel[
+            triton.cdiv(channels, block_c), triton.cdiv(number, lanes)
+        ](
             x,
             taps,
             bias,
             residual,
-            norm_weight,
-            norm_bias,
             out,
-            normed,
+            cast,
+            n,
             height,
             width,
+            strip,
             channels,
-            eps,
             size,
             dilation,
             flip,
-            tile.height,
-            tile.width,
-            tile.block_c,
-            num_warps=tile.warps,
+            strips.width,
+            lanes,
+            block_c,
+            num_warps=WARPS,
         )
 
-    key = (
-        'depthwise',
-        channels,
-        size,
-        dilation,
-        x.dtype,
-        None if out is None else out.dtype,
-        norm is None,
-        residual is None,
+    key = ('depthwise', channels, size, dilation, x.dtype, dtype, cast is None, flip)
+    run(fastest(key, n * height * width, STRIPS, run))
+    return out
+
+
+def _lanes(channels: int) -> tuple[int, int]:
+    """Channels of a program, and the strips that it walks down at once: a thread has
+    one of each."""
+    block_c = 32 if channels % 32 == 0 else 16
+    return block_c, 32 * WARPS // block_c
+
+
+def _strip(shape: Sequence[int], dilation: int, strips: Strips) -> tuple[int, int]:
+    """Rows of a strip, and the number of strips, of a map (N, H, W, C)."""
+    n, height, width, channels = shape
+    block_c, lanes = _lanes(channels)
+    across = n * dilation * triton.cdiv(triton.cdiv(width, dilation), strips.width)
+    rows = triton.cdiv(height, dilation)
+    wanted = int(
+        strips.waves
+        * programs_at_once()
+        * lanes
+        / (dilation * across * triton.cdiv(channels, block_c))
     )
-    tiles = depthwise_tiles(channels, norm is not None)
-    run(fastest(key, n * height * width, tiles, run))
+    strip = triton.cdiv(rows, max(1, wanted))
+    return strip, across * dilation * triton.cdiv(rows, strip)
 
 
 def depthwise_weight_grad(
-    x: Tensor, grad: Tensor, size: int, dilation: int
+    x: Tensor, grad: Tensor, weight: Tensor, dilation: int
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the depthwise weight (C, 1, K, K) and bias (C,), fp32, of
     (N, H, W, C) input and output gradient."""
     n, height, width, channels = grad.shape
+    size = weight.shape[-1]
+    taps = size * size
     if not grad.numel():
+        zeros = grad.new_zeros(channels, taps + 1, dtype=torch.float32)
+        return zeros[:, :taps].reshape(weight.shape), zeros[:, taps]
+    if size > LARGEST_KERNEL:
+        maps = (t.permute(0, 3, 1, 2) for t in (x, grad))
         return (
-            grad.new_zeros(channels, 1, size, size, dtype=torch.float32),
-            grad.new_zeros(channels, dtype=torch.float32),
+            lean.depthwise_weight_grad(*maps, weight, dilation).float(),
+            grad.sum((0, 1, 2), dtype=torch.float32),
         )
-    block_c = min(triton.next_power_of_2(channels), 64)
+    block_c, lanes = _lanes(channels)
     blocks = triton.cdiv(channels, block_c)
-    shares = min(n * height, triton.cdiv(4 * programs_at_once(), size * blocks))
-    parts = grad.new_empty(shares, size * size, channels, dtype=torch.float32)
-    bias_parts = grad.new_empty(shares, channels, dtype=torch.float32)
-    kernels.depthwise_weight_grad_kernel[(size, blocks, shares)](
-        x,
-        grad,
-        parts,
-        bias_parts,
-        height,
-        width,
-        n * height,
-        channels,
-        size,
-        dilation,
-        8,
-        block_c,
-        num_warps=4,
-    )
-    weight_grad = parts.sum(0).t().reshape(channels, 1, size, size)
-    return weight_grad, bias_parts.sum(0)
+
+    def run(strips: Strips) -> Tensor:
+        strip, number = _strip(x.shape, dilation, strips)
+        programs = min(triton.cdiv(number, lanes), max(1, programs_at_once() // blocks))
+        parts = grad.new_empty(
+            programs * lanes, taps + 1, channels, dtype=torch.float32
+        )
+        kernels.depthwise_weight_grad_kernel[blocks, programs](
+            x,
+            grad,
+            parts,
+            n,
+            height,
+            width,
+            strip,
+            number,
+            channels,
+            size,
+            dilation,
+            strips.width,
+            lanes,
+            block_c,
+            num_warps=WARPS,
+        )
+        return parts.sum(0)
+
+    key = ('depthwise_weight_grad', channels, size, dilation, x.dtype, grad.dtype)
+    sums = run(fastest(key, n * height * width, STRIPS, run))
+    return sums[:taps].t().reshape(weight.shape), sums[taps]
 
 
 def _norm_tile(channels: int, values: int) -> dict[str, int]:
     """``values`` of a tile for each thread."""
     block_c = triton.next_power_of_2(channels)
-    rows = min(32, max(1, 4096 // block_c))
+    # Not fewer values than threads: two would write what one has yet to read.
+    rows = max(128 // block_c, min(32, max(1, 4096 // block_c)))
     return dict(
         BLOCK_R=rows, BLOCK_C=block_c, num_warps=max(4, rows * block_c // (32 * values))
     )
@@ -445,6 +449,79 @@ def gelu_backward(
     return grad, activation, parts.sum((0, 1))
 
 
+def scaled(
+    x: Tensor, scale: Tensor | None, dtype: torch.dtype, sums: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """``x * scale`` in ``dtype``, and with ``sums`` its sums over samples and pixels
+    (C,), fp32.
+
+    Args:
+        x: (N, P, C).
+        scale: (N or 1, 1, C or 1) fp32, or None for 1.
+    """
+    n, pixels, channels = x.shape
+    if scale is None and x.dtype == dtype:
+        return x, x.sum((0, 1), dtype=torch.float32) if sums else None
+    out = torch.empty_like(x, dtype=dtype)
+    if not x.numel():
+        return out, x.new_zeros(channels, dtype=torch.float32)
+    columns = triton.cdiv(channels, _BLOCK_M)
+    wanted = triton.cdiv(programs_at_once(), columns)
+    programs = min(n * triton.cdiv(pixels, 2 * _BLOCK_R), wanted)
+    parts = x.new_empty(programs, channels, dtype=torch.float32) if sums else None
+    strides = (0, 0)
+    if scale is not None:
+        strides = tuple(scale.stride(d) if scale.shape[d] > 1 else 0 for d in (0, 2))
+    kernels.scaled_kernel[programs, columns](
+        x, scale, out, parts, n, pixels, channels, *strides, 2 * _BLOCK_R, _BLOCK_M
+    )
+    return out, None if parts is None else parts.sum(0)
+
+
+def sum_product(a: Tensor, b: Tensor) -> Tensor:
+    """``sum over samples and pixels of a^T b``, (N, P, A) and (N, P, B) to (A, B),
+    fp32: PyTorch's product, or one whose pixels are shared among programs.
+
+    Where PyTorch can leave it in fp32 it is never rounded to 16 bit, which for
+    the sums of a large map would overflow in fp16.
+    """
+    a, b = a.flatten(0, 1), b.flatten(0, 1)
+    rows = len(a)
+
+    def run(tile: ProductTile | None) -> Tensor:
+        if tile is None:
+            if a.is_cuda and a.dtype != torch.float32 and _MM_INTO_FP32:
+                return torch.mm(a.t(), b, out_dtype=torch.float32)
+            return torch.mm(a.t(), b).float()
+        blocks = triton.cdiv(a.shape[1], tile.rows) * triton.cdiv(
+            b.shape[1], tile.columns
+        )
+        # As many as a device holds at once of 8 warps.
+        splits = max(1, programs_at_once() // 2 // blocks)
+        parts = a.new_empty(splits, a.shape[1], b.shape[1], dtype=torch.float32)
+        kernels.product_kernel[blocks, splits](
+            a,
+            b,
+            parts,
+            rows,
+            a.shape[1],
+            b.shape[1],
+            tile.rows,
+            tile.columns,
+            64,
+            INTERPRETED and a.dtype == torch.bfloat16,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
+        return parts.sum(0)
+
+    candidates: tuple[ProductTile | None, ...] = (None,)
+    if a.dtype != torch.float32 and rows:
+        candidates += SUM_TILES
+    key = ('sum_product', a.shape[1], b.shape[1], a.dtype)
+    return run(fastest(key, rows, candidates, run))
+
+
 class Product(NamedTuple):
     """``x W^T + b`` and what follows it, see :func:`.kernels.linear_kernel`.
 
@@ -455,7 +532,7 @@ class Product(NamedTuple):
         second: Whether there is a second output.
         sums: Whether the output's sum over rows is wanted.
         hidden, residual: (N, P, M), or None.
-        scale: (N or 1, 1, M or 1) fp32, or None for 1.
+        gamma, drop: (M,) and (N,), fp32, or None for 1.
     """
 
     epilogue: str
@@ -467,7 +544,8 @@ class Product(NamedTuple):
     sums: bool = False
     hidden: Tensor | None = None
     residual: Tensor | None = None
-    scale: Tensor | None = None
+    gamma: Tensor | None = None
+    drop: Tensor | None = None
 
 
 Outputs = tuple[Tensor, Tensor | None, Tensor | None]
@@ -491,7 +569,7 @@ def _fastest_product(product: Product, library: Callable[[], Outputs]) -> Output
 
 
 def _one_kernel(product: Product, tile: ProductTile) -> Outputs:
-    x, weight, scale = product.x, product.weight, product.scale
+    x, weight = product.x, product.weight
     n, pixels, inner = x.shape
     rows, columns = n * pixels, len(weight)
     row_blocks = triton.cdiv(rows, tile.rows)
@@ -501,19 +579,15 @@ def _one_kernel(product: Product, tile: ProductTile) -> Outputs:
         second = x.new_empty(n, pixels, columns)
     if product.sums:
         sums = x.new_empty(row_blocks, columns, dtype=torch.float32)
-    scale_strides = (0, 0)
-    if scale is not None:
-        scale_strides = (
-            scale.stride(0) if len(scale) > 1 else 0,
-            scale.stride(2) if scale.shape[2] > 1 else 0,
-        )
+    block_k = 64 if inner % 64 == 0 else 32
     kernels.linear_kernel[(row_blocks * triton.cdiv(columns, tile.columns),)](
         x,
         weight,
         product.bias,
         product.hidden,
         product.residual,
-        scale,
+        product.gamma,
+        product.drop,
         out,
         second,
         sums,
@@ -523,11 +597,11 @@ def _one_kernel(product: Product, tile: ProductTile) -> Outputs:
         inner,
         weight.stride(1),
         weight.stride(0),
-        *scale_strides,
+        inner % block_k == 0,
         product.epilogue,
         tile.rows,
         tile.columns,
-        tile.inner,
+        block_k,
         8,
         INTERPRETED and x.dtype == torch.bfloat16,
         num_warps=tile.warps,
@@ -559,27 +633,36 @@ def linear_residual(
     weight: Tensor,
     bias: Tensor,
     residual: Tensor,
-    scale: Tensor | None,
+    gamma: Tensor | None,
+    drop: Tensor | None,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    """``residual + scale * (x W^T + b)``.
+    """``residual + drop * gamma * (x W^T + b)``.
 
     Args:
         x: (N, P, M).
         weight: (C, M).
         residual: (N, P, C).
-        scale: (N or 1, 1, C or 1) fp32, or None for 1.
+        gamma, drop: (C,) and (N,), or None for 1.
     """
 
     def library() -> Outputs:
         y = F.linear(x, weight, bias)
         out = residual.new_empty(residual.shape, dtype=out_dtype)
+        scale = residual_scale(gamma, drop)
         if scale is None:
             return torch.add(residual, y, out=out), None, None
         return torch.addcmul(residual, y, scale, out=out), None, None
 
     product = Product(
-        'residual', x, weight, bias, out_dtype, residual=residual, scale=scale
+        'residual',
+        x,
+        weight,
+        bias,
+        out_dtype,
+        residual=residual,
+        gamma=gamma,
+        drop=drop,
     )
     return _fastest_product(product, library)[0]
 

@@ -27,7 +27,6 @@ from ..fused import (
     pwconv2_grads,
     residual_scale,
     rows,
-    scaled,
 )
 from ..weights import BlockNeeds, BlockWeights
 from . import launch
@@ -49,18 +48,15 @@ def _forward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """As :func:`..define.define_block` asks for it."""
     x_map = _map(x)
-    cast = x_map.to(dtype)
-    maps, normed = launch.depthwise_norm(
-        cast,
-        weights.dwconv_weight,
-        weights.dwconv_bias,
-        dilation,
-        weights.norm_weight,
-        weights.norm_bias,
-        eps,
-        keep_maps=keep != KEEP_NOTHING,
-    )
-    normed = normed.flatten(1, 2)
+    convolution = (weights.dwconv_weight, weights.dwconv_bias, dilation, dtype)
+    cast = None
+    if keep != KEEP_NOTHING and dtype != x.dtype:
+        maps, cast = launch.depthwise_and_cast(x_map, *convolution)
+    else:
+        maps = launch.depthwise(x_map, *convolution)
+    norm = (weights.norm_weight, weights.norm_bias, eps)
+    maps_rows = maps.flatten(1, 2)
+    normed = launch.layer_norm(maps_rows, *norm, torch.empty_like(maps_rows))
     w1, b1 = weights.pwconv1_weight.to(dtype), weights.pwconv1_bias.to(dtype)
     w2, b2 = weights.pwconv2_weight.to(dtype), weights.pwconv2_bias.to(dtype)
     hidden: Tensor | None
@@ -77,34 +73,22 @@ def _forward(
         w2,
         b2,
         x_map.flatten(1, 2),
-        residual_scale(weights.gamma, drop_scale),
+        weights.gamma,
+        drop_scale,
         out_dtype(x, weights.gamma, dtype),
     )
     n, channels, height, width = x.shape
     out = out.view(n, height, width, channels).permute(0, 3, 1, 2)
     out = out.contiguous(memory_format=memory_format(x))
-    if maps is None:
+    if keep == KEEP_NOTHING:
         return out, None, None, None
-    # Of the input itself nothing new is kept.
-    kept = None if dtype == x.dtype else cast.permute(0, 3, 1, 2)
+    kept = None if cast is None else cast.permute(0, 3, 1, 2)
     return out, kept, maps.permute(0, 3, 1, 2), hidden
 
 
 def _norm(hidden: Tensor) -> Tensor:
     """Of GELU's output over the map: (N, P, M) to (N, 1, M), fp32."""
     return launch.gelu_sums(hidden, None)[0].sqrt()
-
-
-def _sum_product(a: Tensor, b: Tensor) -> Tensor:
-    """``sum over pixels of a^T b``, (N, P, A) and (N, P, B) to (A, B), fp32.
-
-    Where PyTorch can leave it in fp32 it is never rounded to 16 bit, which for
-    the sums of a large map would overflow in fp16.
-    """
-    a, b = a.flatten(0, 1).t(), b.flatten(0, 1)
-    if a.is_cuda and a.dtype != torch.float32 and hasattr(torch.ops.aten.mm, 'dtype'):
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return torch.mm(a, b).float()
 
 
 def _backward(
@@ -130,9 +114,8 @@ def _backward(
             d_maps, weights.dwconv_weight, dilation, grad_map, x_dtype
         ).permute(0, 3, 1, 2)
     if x is not None:
-        size = weights.dwconv_weight.shape[-1]
         grads['dwconv_weight'], grads['dwconv_bias'] = launch.depthwise_weight_grad(
-            _map(x), d_maps, size, dilation
+            _map(x), d_maps, weights.dwconv_weight, dilation
         )
     elif needs.dwconv_bias:
         grads['dwconv_bias'] = d_maps.sum((0, 1, 2), dtype=torch.float32)
@@ -154,10 +137,11 @@ def _pointwise_backward(
     need_1 = needs.pwconv1_weight or needs.pwconv1_bias
     need_2 = needs.pwconv2_weight or needs.pwconv2_bias or needs.gamma
     dg_scale, power = g_scale(grad_out, drop_scale, dtype)
-    dg = scaled(grad_out, dg_scale, dtype)
+    dg, g_sum = launch.scaled(grad_out, dg_scale, dtype, sums=need_2)
     w2 = weights.pwconv2_weight
     if dtype == torch.float16:  # no range for weights times a small gamma
-        dy = scaled(grad_out, residual_scale(weights.gamma, drop_scale), dtype)
+        scale = residual_scale(weights.gamma, drop_scale)
+        dy, _ = launch.scaled(grad_out, scale, dtype)
     else:
         dy = dg
         if weights.gamma is not None:
@@ -166,7 +150,8 @@ def _pointwise_backward(
     d_hidden, h, grads = _hidden_backward(dy, w2, hidden, weights, need_2)
     del dy
     if h is not None:
-        g, g_sum = _sum_product(dg, h), dg.sum((0, 1), dtype=torch.float32)
+        assert g_sum is not None
+        g = launch.sum_product(dg, h)
         grads.update(pwconv2_grads(g, g_sum, power, weights, needs.gamma))
     del h, dg
 
@@ -182,7 +167,7 @@ def _pointwise_backward(
         normed,
     )
     if normed is not None:
-        grads['pwconv1_weight'] = _sum_product(d_hidden, normed)
+        grads['pwconv1_weight'] = launch.sum_product(d_hidden, normed)
     return d_maps, grads
 
 
