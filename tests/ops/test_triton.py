@@ -5,6 +5,8 @@ import functools
 import json
 import subprocess
 import sys
+from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -29,8 +31,8 @@ from convnext_mm.ops import triton as triton_ops
 from repo import ROOT
 
 pytest.importorskip('triton', minversion=triton_ops.MIN_TRITON)
+from convnext_mm.ops.triton import choose, launch
 from convnext_mm.ops.triton import kernels as kernels_module
-from convnext_mm.ops.triton import launch
 from convnext_mm.ops.triton import operators as kernels
 
 # The interpreter takes its time: 3 x 3 unless 7 x 7 is what is tested.
@@ -38,12 +40,21 @@ arguments = functools.partial(block_cases.arguments, kernel=3)
 
 
 @pytest.fixture(params=['library', 'fused'])
-def products(request, monkeypatch):
+def products(request):
     """Matrix products by PyTorch, or with what follows them in one kernel."""
-    monkeypatch.setattr(
-        launch, 'fixed_choice', {'library': 0, 'fused': -1}[request.param]
-    )
-    return request.param
+    with choose.taking({'library': 0, 'fused': -1}[request.param]):
+        yield request.param
+
+
+@pytest.fixture
+def quick_check(monkeypatch):
+    """The self-check of small maps, run anew; the interpreter takes its time."""
+    monkeypatch.setattr(triton_ops, 'CHECKED_WIDTHS', (24,))
+    monkeypatch.setattr(triton_ops, 'CHECKED_SIZE', (7, 5))
+    monkeypatch.setattr(triton_ops, 'MOST_CANDIDATES', 2)
+    triton_ops._works_on.cache_clear()
+    yield
+    triton_ops._works_on.cache_clear()
 
 
 @pytest.mark.slow
@@ -117,8 +128,8 @@ def test_kernels_of_every_channel_count(channels):
 @pytest.mark.parametrize('programs, dilation', [(1, 1), (40, 1), (7, 3)])
 def test_strips_of_every_height(choice, programs, dilation, monkeypatch):
     """High ones, low ones, several for a program, with the input cast."""
-    monkeypatch.setattr(launch, 'fixed_choice', choice)
     monkeypatch.setattr(launch, 'programs_at_once', lambda: programs)
+    monkeypatch.setattr(launch, 'STRIPS', (launch.STRIPS[choice],))
     torch.manual_seed(0)
     x, grad = torch.randn(2, 3, 40, 17, 9).bfloat16().unbind()
     weight, bias = torch.randn(40, 1, 3, 3), torch.randn(40)
@@ -145,8 +156,8 @@ def test_each_thread_has_a_value():
     value, which those beyond a tile do."""
     for channels in (*range(1, 130), 768, 3072):
         for values in (16, 32):
-            tile = launch._norm_tile(channels, values)
-            assert tile['BLOCK_R'] * tile['BLOCK_C'] >= 32 * tile['num_warps']
+            rows, columns, warps = launch._norm_tile(channels, values)
+            assert rows * columns >= 32 * warps
 
 
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
@@ -485,8 +496,7 @@ def test_auto_takes_kernels_that_work(monkeypatch, caplog):
 
 
 @pytest.mark.slow
-def test_self_check_finds_wrong_kernels(monkeypatch):
-    triton_ops._works_on.cache_clear()
+def test_self_check_finds_wrong_kernels(monkeypatch, quick_check):
     assert triton_ops.works_on('cpu')
     triton_ops._works_on.cache_clear()
     right = launch.depthwise
@@ -495,7 +505,12 @@ def test_self_check_finds_wrong_kernels(monkeypatch):
     triton_ops._works_on.cache_clear()
     monkeypatch.setattr(launch, 'depthwise', None)  # raises when called
     assert not triton_ops.works_on('cpu')
-    triton_ops._works_on.cache_clear()
+
+
+def test_self_check_tries_every_candidate():
+    candidates = [launch.STRIPS, (None, *launch.SUM_TILES)]
+    candidates += [(None, *tiles) for tiles in launch.PRODUCT_TILES.values()]
+    assert max(map(len, candidates)) == triton_ops.MOST_CANDIDATES
 
 
 @pytest.mark.slow
@@ -528,45 +543,121 @@ def test_map_sizes_are_not_compiled_in():
     assert seen[0] == seen[1] and seen[0]
 
 
-def test_choice_is_measured_once(monkeypatch):
-    """For a device, a key and an order of magnitude; nothing is in PyTorch's
-    deterministic mode, and what has no memory is not taken."""
-    times = dict(a=2.0, b=1.0, c=float('inf'))
-    measured = []
+@pytest.fixture
+def gpu(monkeypatch):
+    """What choosing asks of a GPU. ``gpu.times`` are those of candidates, or the
+    errors that they raise."""
+    state = SimpleNamespace(times={}, measured=[], capturing=False, broken=False)
 
     def time(run, candidate):
-        measured.append(candidate)
-        return times[candidate]
+        state.measured.append(candidate)
+        if isinstance(state.times[candidate], Exception):
+            raise state.times[candidate]
+        return state.times[candidate]
 
-    monkeypatch.setattr(launch, 'INTERPRETED', False)
-    monkeypatch.setattr(launch, '_fastest', {})
-    monkeypatch.setattr(launch, '_time', time)
+    def synchronize():
+        if state.broken:
+            raise RuntimeError('CUDA error: an illegal memory access')
+
+    monkeypatch.setattr(choose, 'INTERPRETED', False)
+    monkeypatch.setattr(choose, '_fastest', {})
+    monkeypatch.setattr(choose, '_unfinished', Counter())
+    monkeypatch.setattr(choose, '_time', time)
     monkeypatch.setattr(torch.cuda, 'current_device', lambda: 0)
-    capturing = []
+    monkeypatch.setattr(torch.cuda, 'synchronize', synchronize)
     monkeypatch.setattr(
-        torch.cuda, 'is_current_stream_capturing', lambda: bool(capturing)
+        torch.cuda, 'is_current_stream_capturing', lambda: state.capturing
     )
-    capturing.append(True)
-    assert launch.fastest(('k', 1), 500, 'abc', None) == 'a'
-    capturing.clear()
-    assert launch.fastest(('k', 1), 500, 'abc', None) == 'b'
-    capturing.append(True)
-    assert launch.fastest(('k', 1), 400, 'abc', None) == 'b'
-    capturing.clear()
-    assert measured == ['a', 'b', 'c']
-    assert launch.fastest(('k', 2), 500, 'cc', None) == 'c'
-    assert ('k', 2) not in {key[2:] for key in launch._fastest}
+    return state
+
+
+def test_choice_is_measured_once(gpu):
+    """For a device, a key and an order of magnitude; nothing is in PyTorch's
+    deterministic mode."""
+    gpu.times = dict(a=2.0, b=1.0)
+    gpu.capturing = True
+    assert choose.fastest(('k', 1), 500, 'ab', None) == 'a'
+    gpu.capturing = False
+    assert choose.fastest(('k', 1), 500, 'ab', None) == 'b'
+    gpu.capturing = True
+    assert choose.fastest(('k', 1), 400, 'ab', None) == 'b'
+    gpu.capturing = False
+    assert gpu.measured == ['a', 'b']
+    assert choose.fastest(('k', 2), 500, 'ab', None) == 'b'
     torch.use_deterministic_algorithms(True)
     try:
-        assert launch.fastest(('k', 1), 500, 'abc', None) == 'a'
+        assert choose.fastest(('k', 1), 500, 'ab', None) == 'a'
     finally:
         torch.use_deterministic_algorithms(False)
+    with choose.taking(2):
+        assert choose.fastest(('k', 1), 500, 'ab', None) == 'a'
+
+
+def test_what_fails_is_left_out(gpu):
+    failure = RuntimeError('ptxas: too many registers')
+    gpu.times = dict(a=2.0, b=failure, c=1.5)
+    for _ in range(2):
+        assert choose.fastest(('k', 1), 500, 'abc', None) == 'c'
+    assert gpu.measured == ['a', 'b', 'c']
+    gpu.times = dict(a=failure, b=failure)
+    with pytest.raises(RuntimeError, match="no way to compute k.*impl='lean'"):
+        choose.fastest(('k', 2), 500, 'ab', None)
+    gpu.times, gpu.broken = dict(a=1.0, b=failure), True
+    with pytest.raises(RuntimeError, match='illegal memory access'):
+        choose.fastest(('k', 3), 500, 'ab', None)
+
+
+def test_no_memory_leaves_the_choice_open(gpu):
+    """A few times: measuring at every step would take longer than it gains."""
+    gpu.times = dict(a=2.0, b=torch.cuda.OutOfMemoryError())
+    assert choose.fastest(('k', 1), 500, 'ab', None) == 'a'
+    assert not choose._fastest
+    gpu.times = dict(a=2.0, b=1.0)
+    assert choose.fastest(('k', 1), 500, 'ab', None) == 'b'
+    gpu.times, gpu.measured = dict(a=2.0, b=torch.cuda.OutOfMemoryError()), []
+    for _ in range(10):
+        assert choose.fastest(('k', 2), 500, 'ab', None) == 'a'
+    assert len(gpu.measured) == 2 * choose.PATIENCE
+    gpu.times = dict(a=torch.cuda.OutOfMemoryError())
+    gpu.times['b'] = gpu.times['a']
+    assert choose.fastest(('k', 3), 500, 'ab', None) == 'a'
+    assert ('k', 3) not in {key[2:] for key in choose._fastest}
+
+
+def test_starts_what_was_compiled(monkeypatch):
+    """A kernel is looked up by all that Triton compiles in; sizes are not."""
+    monkeypatch.setattr(choose, '_compiled', {})
+    looked_up, started = [], []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            def run(*args, **options):
+                looked_up.append((args, options))
+                return {grid: lambda *args: started.append(args)}
+
+            return run
+
+    kernel, grid = Kernel(), (1, 1, 1)
+    x = torch.zeros(8)
+    for sizes in ((3,), (4,), (4,)):
+        choose.start(kernel, grid, (x, None), sizes, (5, 'a'), num_warps=4)
+    assert len(looked_up) == 1 and looked_up[0][1] == dict(num_warps=4)
+    assert [args[2] for args in started] == [4, 4]
+    others = [
+        ((x[1:], None), (5, 'a'), 4),  # another alignment
+        ((x.half(), None), (5, 'a'), 4),
+        ((x, x), (5, 'a'), 4),
+        ((x, None), (6, 'a'), 4),
+        ((x, None), (5, 'a'), 8),
+    ]
+    for tensors, settings, warps in others:
+        choose.start(kernel, grid, tensors, (3,), settings, num_warps=warps)
+    assert len(looked_up) == 1 + len(others)
 
 
 @pytest.mark.slow
-def test_self_check_inside_a_checkpoint():
+def test_self_check_inside_a_checkpoint(quick_check):
     """The hooks of a checkpoint must not see the check's tensors."""
-    triton_ops._works_on.cache_clear()
     x = torch.rand(1, 8, 4, 5, requires_grad=True)
 
     def run(x):

@@ -150,7 +150,7 @@ def check_all(smoke: bool) -> Iterator[dict]:
     the norm."""
     import torch
 
-    from convnext_mm.ops.triton import launch
+    from convnext_mm.ops.triton.choose import taking
 
     if smoke:
         shapes = [(2, 24, 5, 7)]
@@ -177,12 +177,15 @@ def check_all(smoke: bool) -> Iterator[dict]:
     turns = itertools.count()
     for shape, dtype in itertools.product(shapes, dtypes):
         # Each in its turn: one that is slow here may be fastest elsewhere.
-        launch.fixed_choice = next(turns)
-        for kernel, version, dilation in settings + others:
-            yield check_block(shape, dtype, kernel, version, dilation)
+        with taking(next(turns)):
+            records = [
+                check_block(shape, dtype, kernel, version, dilation)
+                for kernel, version, dilation in settings + others
+            ]
+            records.append(check_layer('downsample', shape, dtype))
+            records.append(check_layer('norm', shape, dtype))
+        yield from records
         others = others if shape == shapes[0] else []
-        yield check_layer('downsample', shape, dtype)
-        yield check_layer('norm', shape, dtype)
 
 
 def check_block(shape, dtype, kernel: int, version: int, dilation: int) -> dict:
@@ -368,7 +371,7 @@ def compile_all(channels: list[int], dtypes: list[str], first: bool) -> Iterator
             for candidate in candidates:
                 run(candidate)
         # Of products the first kernel, not PyTorch's.
-        return next(c for c in candidates if c is not None)
+        return next((c for c in candidates if c is not None), None)
 
     launch.fastest = all_candidates
     for architecture in ARCHITECTURES:

@@ -86,7 +86,7 @@ def count(architecture: int, channels: int, size: tuple[int, int, int]) -> list[
     launch.programs_at_once = lambda: 528
     # Of products the first kernel, of what else there is the first.
     launch.fastest = lambda key, rows, candidates, run: next(
-        c for c in candidates if c is not None
+        (c for c in candidates if c is not None), None
     )
     launches = []
 

@@ -404,8 +404,7 @@ def layer_norm_backward_kernel(
     bias_ptr,
     out_ptr,
     normed_ptr,
-    weight_out_ptr,
-    bias_out_ptr,
+    sums_ptr,
     samples,
     pixels,
     channels,
@@ -423,7 +422,7 @@ def layer_norm_backward_kernel(
         out_ptr: (N, P, C), the input's gradient.
         normed_ptr: None, or (N, P, C): the output again, for the weight
             gradient of the layer after it. May be ``grad_ptr``.
-        weight_out_ptr, bias_out_ptr: (programs, C) fp32.
+        sums_ptr: (2, programs, C) fp32, of the weight and of the bias.
     """
     program = tl.program_id(0)
     channel = tl.arange(0, BLOCK_C)
@@ -460,12 +459,10 @@ def layer_norm_backward_kernel(
             grad - tl.sum(grad, 1)[:, None] / channels - unit * along[:, None]
         ) * rstd[:, None]
         tl.store(out_ptr + base + offset, grad.to(out_ptr.dtype.element_ty), ok)
-    tl.store(
-        weight_out_ptr + program * channels + channel, tl.sum(weight_sum, 0), channel_ok
-    )
-    tl.store(
-        bias_out_ptr + program * channels + channel, tl.sum(bias_sum, 0), channel_ok
-    )
+    sums_ptr += program * channels
+    tl.store(sums_ptr + channel, tl.sum(weight_sum, 0), channel_ok)
+    sums_ptr += tl.num_programs(0) * channels
+    tl.store(sums_ptr + channel, tl.sum(bias_sum, 0), channel_ok)
 
 
 @jit
@@ -501,7 +498,6 @@ def gelu_sums_kernel(
     x_ptr,
     grad_ptr,
     out_ptr,
-    grad_out_ptr,
     pixels,
     hidden,
     BLOCK_R: tl.constexpr,
@@ -512,8 +508,8 @@ def gelu_sums_kernel(
     Args:
         x_ptr: (N, P, M), the pre-activation; ``h = gelu(x)``.
         grad_ptr: None, or (N, P, M).
-        out_ptr: (programs, N, M) fp32: sums of ``h * h``, or of ``h * grad``.
-        grad_out_ptr: The same, sums of ``grad``; None without it.
+        out_ptr: (1, programs, N, M) fp32: sums of ``h * h``. With ``grad``
+            (2, programs, N, M): sums of ``h * grad``, and of ``grad``.
     """
     sample = tl.program_id(2).to(tl.int64)
     column = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -539,9 +535,8 @@ def gelu_sums_kernel(
     part = tl.program_id(0) * tl.num_programs(2) + sample
     tl.store(out_ptr + part * hidden + column, tl.sum(total, 0), column_ok)
     if grad_ptr is not None:
-        tl.store(
-            grad_out_ptr + part * hidden + column, tl.sum(grad_total, 0), column_ok
-        )
+        part += tl.num_programs(0) * tl.num_programs(2)
+        tl.store(out_ptr + part * hidden + column, tl.sum(grad_total, 0), column_ok)
 
 
 @jit

@@ -1,30 +1,23 @@
-"""What prepares, chooses and starts the kernels of :mod:`.kernels`.
+"""What prepares and starts the kernels of :mod:`.kernels`.
 
 Maps are (N, H, W, C) or (N, P, C), contiguous.
 """
 
-import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-import triton
 from torch import Tensor
 
 from .. import lean
 from ..fused import residual_scale
 from . import kernels
+from .choose import INTERPRETED, cdiv, fastest, next_power_of_2, programs_at_once, start
 
-INTERPRETED = triton.knobs.runtime.interpret
 # A thread of the depthwise kernels holds all weights of a channel.
 LARGEST_KERNEL = 11
 _MM_INTO_FP32 = hasattr(torch.ops.aten.mm, 'dtype')
-_fastest: dict[tuple, Any] = {}
-# Checks set it: the number of the candidate to take, nothing is measured.
-fixed_choice: int | None = None
-
-Candidate = TypeVar('Candidate')
 
 
 class Strips(NamedTuple):
@@ -58,68 +51,6 @@ PRODUCT_TILES = {
 SUM_TILES = tuple(
     ProductTile(*tile) for tile in ((128, 128, 8, 3), (64, 128, 4, 4), (64, 64, 4, 4))
 )
-
-
-def fastest(
-    key: tuple,
-    rows: int,
-    candidates: Sequence[Candidate],
-    run: Callable[[Candidate], object],
-) -> Candidate:
-    """The candidate that ``run(candidate)`` takes the least time with,
-    measured when a key is first met, remembered for the process.
-
-    Keys hold channels and dtypes; of the size of the map only its order of
-    magnitude, so that a first, tiny one does not decide for all, and
-    multi-scale training, where every step has another size, measures once or
-    twice. PyTorch's deterministic mode takes the first candidate: two runs must
-    not differ in what happened to be faster. (``triton.autotune`` compares
-    settings of one kernel; here PyTorch's product is a candidate too.)
-
-    Args:
-        rows: Pixels of all samples.
-    """
-    if fixed_choice is not None:
-        return candidates[fixed_choice % len(candidates)]
-    if (
-        len(candidates) == 1
-        or INTERPRETED
-        or torch.are_deterministic_algorithms_enabled()
-    ):
-        return candidates[0]
-    key = (torch.cuda.current_device(), rows.bit_length() // 3, *key)
-    if key not in _fastest:
-        if torch.cuda.is_current_stream_capturing():  # nothing can be timed
-            return candidates[0]
-        times = [_time(run, candidate) for candidate in candidates]
-        if min(times) == float('inf'):  # no memory now, maybe later
-            return candidates[0]
-        _fastest[key] = candidates[times.index(min(times))]
-    return _fastest[key]
-
-
-def _time(run: Callable[[Candidate], object], candidate: Candidate) -> float:
-    """Median milliseconds; infinity where memory does not suffice for it or
-    for measuring."""
-    try:
-        return triton.testing.do_bench(
-            lambda: run(candidate), warmup=2, rep=10, return_mode='median'
-        )
-    except (triton.runtime.errors.OutOfResources, torch.cuda.OutOfMemoryError):
-        return float('inf')
-
-
-@functools.cache
-def programs_at_once() -> int:
-    """A grid that fills the device a few times."""
-    if INTERPRETED:
-        return 3
-    return (
-        4
-        * torch.cuda.get_device_properties(
-            torch.cuda.current_device()
-        ).multi_processor_count
-    )
 
 
 # Wider strips load less for each product and need more registers.
@@ -182,26 +113,12 @@ def _depthwise(
 
     def run(strips: Strips) -> None:
         strip, number = _strip(x.shape, dilation, strips)
-        kernels.depthwise_kernel[
-            triton.cdiv(channels, block_c), triton.cdiv(number, lanes)
-        ](
-            x,
-            taps,
-            bias,
-            residual,
-            out,
-            cast,
-            n,
-            height,
-            width,
-            strip,
-            channels,
-            size,
-            dilation,
-            flip,
-            strips.width,
-            lanes,
-            block_c,
+        start(
+            kernels.depthwise_kernel,
+            (cdiv(channels, block_c), cdiv(number, lanes), 1),
+            (x, taps, bias, residual, out, cast),
+            (n, height, width, strip),
+            (channels, size, dilation, flip, strips.width, lanes, block_c),
             num_warps=WARPS,
         )
 
@@ -221,16 +138,16 @@ def _strip(shape: Sequence[int], dilation: int, strips: Strips) -> tuple[int, in
     """Rows of a strip, and the number of strips, of a map (N, H, W, C)."""
     n, height, width, channels = shape
     block_c, lanes = _lanes(channels)
-    across = n * dilation * triton.cdiv(triton.cdiv(width, dilation), strips.width)
-    rows = triton.cdiv(height, dilation)
+    across = n * dilation * cdiv(cdiv(width, dilation), strips.width)
+    rows = cdiv(height, dilation)
     wanted = int(
         strips.waves
         * programs_at_once()
         * lanes
-        / (dilation * across * triton.cdiv(channels, block_c))
+        / (dilation * across * cdiv(channels, block_c))
     )
-    strip = triton.cdiv(rows, max(1, wanted))
-    return strip, across * dilation * triton.cdiv(rows, strip)
+    strip = cdiv(rows, max(1, wanted))
+    return strip, across * dilation * cdiv(rows, strip)
 
 
 def depthwise_weight_grad(
@@ -245,35 +162,26 @@ def depthwise_weight_grad(
         zeros = grad.new_zeros(channels, taps + 1, dtype=torch.float32)
         return zeros[:, :taps].reshape(weight.shape), zeros[:, taps]
     if size > LARGEST_KERNEL:
-        maps = (t.permute(0, 3, 1, 2) for t in (x, grad))
+        x_map, grad_map = x.permute(0, 3, 1, 2), grad.permute(0, 3, 1, 2)
         return (
-            lean.depthwise_weight_grad(*maps, weight, dilation).float(),
+            lean.depthwise_weight_grad(x_map, grad_map, weight, dilation).float(),
             grad.sum((0, 1, 2), dtype=torch.float32),
         )
     block_c, lanes = _lanes(channels)
-    blocks = triton.cdiv(channels, block_c)
+    blocks = cdiv(channels, block_c)
 
     def run(strips: Strips) -> Tensor:
         strip, number = _strip(x.shape, dilation, strips)
-        programs = min(triton.cdiv(number, lanes), max(1, programs_at_once() // blocks))
+        programs = min(cdiv(number, lanes), max(1, programs_at_once() // blocks))
         parts = grad.new_empty(
             programs * lanes, taps + 1, channels, dtype=torch.float32
         )
-        kernels.depthwise_weight_grad_kernel[blocks, programs](
-            x,
-            grad,
-            parts,
-            n,
-            height,
-            width,
-            strip,
-            number,
-            channels,
-            size,
-            dilation,
-            strips.width,
-            lanes,
-            block_c,
+        start(
+            kernels.depthwise_weight_grad_kernel,
+            (blocks, programs, 1),
+            (x, grad, parts),
+            (n, height, width, strip, number),
+            (channels, size, dilation, strips.width, lanes, block_c),
             num_warps=WARPS,
         )
         return parts.sum(0)
@@ -283,14 +191,12 @@ def depthwise_weight_grad(
     return sums[:taps].t().reshape(weight.shape), sums[taps]
 
 
-def _norm_tile(channels: int, values: int) -> dict[str, int]:
-    """``values`` of a tile for each thread."""
-    block_c = triton.next_power_of_2(channels)
+def _norm_tile(channels: int, values: int) -> tuple[int, int, int]:
+    """Rows and columns of a tile, and warps, of ``values`` for each thread."""
+    block_c = next_power_of_2(channels)
     # Not fewer values than threads: two would write what one has yet to read.
     rows = max(128 // block_c, min(32, max(1, 4096 // block_c)))
-    return dict(
-        BLOCK_R=rows, BLOCK_C=block_c, num_warps=max(4, rows * block_c // (32 * values))
-    )
+    return rows, block_c, max(4, rows * block_c // (32 * values))
 
 
 def layer_norm(
@@ -305,10 +211,14 @@ def layer_norm(
     ``out_last``, (N, C, P)."""
     n, pixels, channels = x.shape
     if x.numel():
-        tile = _norm_tile(channels, 32)
-        grid = triton.cdiv(pixels, tile['BLOCK_R']), n
-        kernels.layer_norm_kernel[grid](
-            x, weight, bias, out, pixels, channels, eps, out_last, **tile
+        rows, block_c, warps = _norm_tile(channels, 32)
+        start(
+            kernels.layer_norm_kernel,
+            (cdiv(pixels, rows), n, 1),
+            (x, weight, bias, out),
+            (pixels,),
+            (channels, eps, out_last, rows, block_c),
+            num_warps=warps,
         )
     return out
 
@@ -335,26 +245,20 @@ def layer_norm_backward(
     if not x.numel():
         zeros = x.new_zeros(channels, dtype=torch.float32)
         return out, zeros, zeros.clone()
-    # Without the limit ptxas aims at 128 registers for wide rows, and spills.
-    tile = dict(_norm_tile(channels, 16), maxnreg=240)
-    programs = min(n * triton.cdiv(pixels, tile['BLOCK_R']), programs_at_once())
+    rows, block_c, warps = _norm_tile(channels, 16)
+    programs = min(n * cdiv(pixels, rows), programs_at_once())
     parts = x.new_empty(2, programs, channels, dtype=torch.float32)
-    kernels.layer_norm_backward_kernel[(programs,)](
-        grad,
-        x,
-        weight,
-        bias,
-        out,
-        normed,
-        *parts,
-        n,
-        pixels,
-        channels,
-        eps,
-        grad_last,
-        **tile,
+    start(
+        kernels.layer_norm_backward_kernel,
+        (programs, 1, 1),
+        (grad, x, weight, bias, out, normed, parts),
+        (n, pixels),
+        (channels, eps, grad_last, rows, block_c),
+        num_warps=warps,
+        # Without this ptxas aims at 128 registers for wide rows, and spills.
+        maxnreg=240,
     )
-    return (out, *(part.sum(0) for part in parts))
+    return out, parts[0].sum(0), parts[1].sum(0)
 
 
 # Rows and columns of the tiles of the kernels between the matrix products.
@@ -362,9 +266,9 @@ _BLOCK_R, _BLOCK_M = 8, 128
 
 
 def _gelu_grid(n: int, pixels: int, hidden: int) -> tuple[int, int, int]:
-    columns = triton.cdiv(hidden, _BLOCK_M)
-    wanted = triton.cdiv(4 * programs_at_once(), n * columns)
-    return min(triton.cdiv(pixels, _BLOCK_R), wanted), columns, n
+    columns = cdiv(hidden, _BLOCK_M)
+    wanted = cdiv(4 * programs_at_once(), n * columns)
+    return min(cdiv(pixels, _BLOCK_R), wanted), columns, n
 
 
 def gelu_scaled(x: Tensor, scale: Tensor) -> Tensor:
@@ -372,9 +276,13 @@ def gelu_scaled(x: Tensor, scale: Tensor) -> Tensor:
     n, pixels, hidden = x.shape
     out = torch.empty_like(x)
     if x.numel():
-        grid = (triton.cdiv(pixels, _BLOCK_R), triton.cdiv(hidden, _BLOCK_M), n)
-        kernels.gelu_scaled_kernel[grid](
-            x, scale.contiguous(), out, pixels, hidden, _BLOCK_R, _BLOCK_M
+        grid = (cdiv(pixels, _BLOCK_R), cdiv(hidden, _BLOCK_M), n)
+        start(
+            kernels.gelu_scaled_kernel,
+            grid,
+            (x, scale.contiguous(), out),
+            (pixels,),
+            (hidden, _BLOCK_R, _BLOCK_M),
         )
     return out
 
@@ -390,15 +298,12 @@ def gelu_sums(x: Tensor, grad: Tensor | None) -> tuple[Tensor, ...]:
     parts = x.new_empty(
         1 if grad is None else 2, grid[0], n, hidden, dtype=torch.float32
     )
-    kernels.gelu_sums_kernel[grid](
-        x,
-        grad,
-        parts[0],
-        None if grad is None else parts[1],
-        pixels,
-        hidden,
-        _BLOCK_R,
-        _BLOCK_M,
+    start(
+        kernels.gelu_sums_kernel,
+        grid,
+        (x, grad, parts),
+        (pixels,),
+        (hidden, _BLOCK_R, _BLOCK_M),
     )
     return tuple(parts.sum(1).unsqueeze(2))
 
@@ -432,19 +337,12 @@ def gelu_backward(
     scale, along, beta = (
         (None, None, None) if grn is None else (t.contiguous() for t in grn)
     )
-    kernels.gelu_backward_kernel[grid](
-        grad,
-        x,
-        scale,
-        along,
-        beta,
-        grad,
-        activation,
-        parts,
-        pixels,
-        hidden,
-        _BLOCK_R,
-        _BLOCK_M,
+    start(
+        kernels.gelu_backward_kernel,
+        grid,
+        (grad, x, scale, along, beta, grad, activation, parts),
+        (pixels,),
+        (hidden, _BLOCK_R, _BLOCK_M),
     )
     return grad, activation, parts.sum((0, 1))
 
@@ -465,15 +363,20 @@ def scaled(
     out = torch.empty_like(x, dtype=dtype)
     if not x.numel():
         return out, x.new_zeros(channels, dtype=torch.float32)
-    columns = triton.cdiv(channels, _BLOCK_M)
-    wanted = triton.cdiv(programs_at_once(), columns)
-    programs = min(n * triton.cdiv(pixels, 2 * _BLOCK_R), wanted)
+    columns = cdiv(channels, _BLOCK_M)
+    wanted = cdiv(programs_at_once(), columns)
+    programs = min(n * cdiv(pixels, 2 * _BLOCK_R), wanted)
     parts = x.new_empty(programs, channels, dtype=torch.float32) if sums else None
-    strides = (0, 0)
+    of_sample, of_channel = 0, 0
     if scale is not None:
-        strides = tuple(scale.stride(d) if scale.shape[d] > 1 else 0 for d in (0, 2))
-    kernels.scaled_kernel[programs, columns](
-        x, scale, out, parts, n, pixels, channels, *strides, 2 * _BLOCK_R, _BLOCK_M
+        of_sample = scale.stride(0) if len(scale) > 1 else 0
+        of_channel = scale.stride(2) if scale.shape[2] > 1 else 0
+    start(
+        kernels.scaled_kernel,
+        (programs, columns, 1),
+        (x, scale, out, parts),
+        (n, pixels),
+        (channels, of_sample, of_channel, 2 * _BLOCK_R, _BLOCK_M),
     )
     return out, None if parts is None else parts.sum(0)
 
@@ -493,23 +396,17 @@ def sum_product(a: Tensor, b: Tensor) -> Tensor:
             if a.is_cuda and a.dtype != torch.float32 and _MM_INTO_FP32:
                 return torch.mm(a.t(), b, out_dtype=torch.float32)
             return torch.mm(a.t(), b).float()
-        blocks = triton.cdiv(a.shape[1], tile.rows) * triton.cdiv(
-            b.shape[1], tile.columns
-        )
+        blocks = cdiv(a.shape[1], tile.rows) * cdiv(b.shape[1], tile.columns)
         # As many as a device holds at once of 8 warps.
         splits = max(1, programs_at_once() // 2 // blocks)
         parts = a.new_empty(splits, a.shape[1], b.shape[1], dtype=torch.float32)
-        kernels.product_kernel[blocks, splits](
-            a,
-            b,
-            parts,
-            rows,
-            a.shape[1],
-            b.shape[1],
-            tile.rows,
-            tile.columns,
-            64,
-            INTERPRETED and a.dtype == torch.bfloat16,
+        widen = INTERPRETED and a.dtype == torch.bfloat16
+        start(
+            kernels.product_kernel,
+            (blocks, splits, 1),
+            (a, b, parts),
+            (rows,),
+            (a.shape[1], b.shape[1], tile.rows, tile.columns, 64, widen),
             num_warps=tile.warps,
             num_stages=tile.stages,
         )
@@ -572,7 +469,7 @@ def _one_kernel(product: Product, tile: ProductTile) -> Outputs:
     x, weight = product.x, product.weight
     n, pixels, inner = x.shape
     rows, columns = n * pixels, len(weight)
-    row_blocks = triton.cdiv(rows, tile.rows)
+    row_blocks = cdiv(rows, tile.rows)
     out = x.new_empty(n, pixels, columns, dtype=product.out_dtype)
     second = sums = None
     if product.second:
@@ -580,30 +477,35 @@ def _one_kernel(product: Product, tile: ProductTile) -> Outputs:
     if product.sums:
         sums = x.new_empty(row_blocks, columns, dtype=torch.float32)
     block_k = 64 if inner % 64 == 0 else 32
-    kernels.linear_kernel[(row_blocks * triton.cdiv(columns, tile.columns),)](
-        x,
-        weight,
-        product.bias,
-        product.hidden,
-        product.residual,
-        product.gamma,
-        product.drop,
-        out,
-        second,
-        sums,
-        rows,
-        pixels,
-        columns,
-        inner,
-        weight.stride(1),
-        weight.stride(0),
-        inner % block_k == 0,
-        product.epilogue,
-        tile.rows,
-        tile.columns,
-        block_k,
-        8,
-        INTERPRETED and x.dtype == torch.bfloat16,
+    start(
+        kernels.linear_kernel,
+        (row_blocks * cdiv(columns, tile.columns), 1, 1),
+        (
+            x,
+            weight,
+            product.bias,
+            product.hidden,
+            product.residual,
+            product.gamma,
+            product.drop,
+            out,
+            second,
+            sums,
+        ),
+        (rows, pixels),
+        (
+            columns,
+            inner,
+            weight.stride(1),
+            weight.stride(0),
+            inner % block_k == 0,
+            product.epilogue,
+            tile.rows,
+            tile.columns,
+            block_k,
+            8,
+            INTERPRETED and x.dtype == torch.bfloat16,
+        ),
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
