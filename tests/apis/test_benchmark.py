@@ -464,6 +464,30 @@ def test_largest_batch(most, guess):
     assert len(tried) <= abs(most - max(guess, 1)) + 3
 
 
+def test_each_trial_of_a_batch_is_written(tmp_path, monkeypatch):
+    """And the networks are measured in the next dtype as before."""
+    path, written = tmp_path / 'result.json', []
+
+    def search(step, gib, tried):
+        step(3)
+        tried(capacity.Trial(3, 1.5))
+        written.append(json.loads(path.read_text())['rows'][0])
+        return 3 if gib == 24 else None
+
+    monkeypatch.setattr(bench, 'largest_training_batch', search)
+    settings = Settings(
+        **dict(mode=['train'], dtype=['fp32', 'bf16'], arch='atto', size=(64, 64)),
+        **dict(networks=['eager'], rounds=2, warmup=0, batch=1),
+    )
+    settings.fit_gib = [24, 80]  # a CPU is refused
+    rows = bench.run(settings, path, '')['rows']
+    assert written[0]['trials'] == {'24': [dict(batch=3, ms=1.5)]}
+    for row in rows:
+        assert row['largest_batch'] == {'24': 3}  # the other search took too long
+        assert len(row['trials']['80']) == 1
+    assert [row['dtype'] for row in rows] == ['fp32', 'bf16']
+
+
 @pytest.mark.slow
 def test_largest_batch_for_a_memory(monkeypatch):
     """A GPU of 141 GiB on which a model takes 2 GiB and 3 GiB an image, and
@@ -530,7 +554,8 @@ def test_fp16_of_a_whole_model_needs_a_gpu(capsys):
     )
 
 
-def test_plot_of_memory_and_batches(tmp_path):
+@pytest.mark.parametrize('parts', [False, True])
+def test_plot_of_memory_and_batches(parts, tmp_path):
     """What only a GPU gives."""
     row = dict(
         network='auto',
@@ -543,7 +568,10 @@ def test_plot_of_memory_and_batches(tmp_path):
         largest_batch={'24': 11},
     )
     path = tmp_path / 'result.json'
-    path.write_text(json.dumps(dict(arch='tiny', batch=2, size=[64, 96], rows=[row])))
+    result = dict(arch='tiny', batch=2, size=[64, 96], rows=[row])
+    if parts:
+        result = dict(parts=dict(one=result, checks=dict(records=[])))
+    path.write_text(json.dumps(result))
     panels = plot.read_panels([str(path)])
     title = 'detector, bf16 autocast\ntiny, 2x3x64x96'
     assert {key[1:]: bars[0].value for key, bars in panels.items()} == {

@@ -106,7 +106,13 @@ RUN_BY = {
     'tools/maintenance/compare_libraries.py': (
         'tests/docs/test_blocks_comparison.py::test_mistakes',
     ),
-    'tools/maintenance/gpu_proof.sh': (GPU + 'test_smoke_run_of_the_proof',),
+    'tools/maintenance/gpu_proof.sh': (
+        GPU + 'test_smoke_run_of_the_proof',
+        GPU + 'test_smoke_run_of_the_tuning',
+    ),
+    'tools/maintenance/gpu_train.sh': (
+        'tests/tools/test_gpu_train.py::test_smoke_on_drawn_shapes',
+    ),
     'tools/maintenance/make_benchmark_tables.py': (
         'tests/apis/test_benchmark.py::test_tables_are_current',
     ),

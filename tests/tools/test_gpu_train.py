@@ -93,6 +93,17 @@ def test_missing_data_is_left_out(tmp_path, monkeypatch, capsys):
         assert f'{tmp_path / folder} does not exist: put {folder}' in said
 
 
+def test_a_task_that_raises_leaves_the_other(tmp_path, monkeypatch):
+    def compare(task, args, scratch):
+        raise {'detector': RuntimeError, 'segmentor': gpu_train.Skipped}[task]('why')
+
+    monkeypatch.setattr(gpu_train, 'compare', compare)
+    assert gpu_train.main([str(tmp_path), '--smoke']) == 1
+    report = json.loads((tmp_path / 'training.json').read_text())
+    assert report['failed'] == dict(detector='RuntimeError: why')
+    assert report['skipped'] == dict(segmentor='why')
+
+
 def test_a_slow_run_is_given_up(tmp_path):
     """It fails by name; it is not compared over fewer steps."""
     out = tmp_path / 'out'

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 import zlib
 from pathlib import Path
 from statistics import fmean
@@ -30,7 +31,9 @@ from torch import Tensor
 from compare_training import plot
 from convnext_mm.analysis.machine import machine, versions
 from convnext_mm.apis.benchmark.models import build_models, with_mmpretrain
+from convnext_mm.apis.benchmark.networks import one_line
 from convnext_mm.apis.config import load_config
+from convnext_mm.checkpoint.write import write_text
 from convnext_mm.datasets import write_shapes
 from convnext_mm.datasets.data_paths import check_data
 from convnext_mm.engine.launch import fit_to_device, running
@@ -428,8 +431,11 @@ def main(argv=None) -> int:
                 report['skipped'][task] = str(error)
             except RunFailed as error:
                 report['failed'][task] = str(error)
+            except Exception as error:  # whatever a library or driver may raise
+                traceback.print_exc()
+                report['failed'][task] = one_line(error)
             # Written after each task: what is done is safe.
-            (out / 'training.json').write_text(json.dumps(report, indent=1) + '\n')
+            write_text(out / 'training.json', json.dumps(report, indent=1) + '\n')
     results = report['results']
     if results:
         plot(results, args.tolerance, out / 'training.png')

@@ -207,6 +207,11 @@ class Bench:
             self.rows[name, mode, dtype] = dict(facts, **row)
         self.save()
 
+    def skip(self, name: str, mode: str, dtype: str, reason: Exception) -> None:
+        self.skipped[f'{name}, {mode}, {dtype}'] = one_line(reason)
+        free_cache()
+        self.meter.now()  # raises where the device is of no use any more
+
     def times(
         self,
         names: Sequence[str],
@@ -232,10 +237,8 @@ class Bench:
                     first = self._times({name: steps[name]}, facts, finish, rounds=3)
                     self.add(first, mode, dtype)
             except Exception as reason:  # whatever a compiler or driver may raise
-                self.skipped[f'{name}, {mode}, {dtype}'] = one_line(reason)
+                self.skip(name, mode, dtype, reason)
                 steps.pop(name, None)
-                free_cache()
-                self.meter.now()  # raises where the device is of no use any more
         self.begin(f'{mode}, {dtype}')
         rounds = self.settings.rounds
         self.add(self._times(steps, facts, finish, rounds), mode, dtype)
@@ -272,6 +275,9 @@ class Bench:
                 found = largest_training_batch(step, gib, tried)
             except torch.cuda.OutOfMemoryError:  # the first two batches
                 found = 0
+            except Exception as reason:  # whatever a driver may raise
+                found = None
+                self.skip(f'{name} in {gib:g} GiB', mode, dtype, reason)
             if found is not None:
                 row['largest_batch'][f'{gib:g}'] = found
             self.save()
@@ -292,7 +298,7 @@ class BackboneBench(Bench):
             self.parameters = sum(
                 p.numel() for p in ConvNeXt(settings.arch).parameters()
             )
-        self.x = torch.rand(settings.batch, 3, *settings.size, device=settings.device)
+        self.x = self._images(settings.batch)
         for dtype in sorted(settings.dtype, key=list(DTYPES).index):
             for network in (*self.networks.values(), self.plain):
                 network.to(DTYPES[dtype].parameters)
@@ -303,7 +309,8 @@ class BackboneBench(Bench):
                     if mode == 'infer' or not n.endswith(DEPLOY)
                 ]
                 if mode == 'memory':
-                    self.add(self._saved(names, dtype), mode, dtype)
+                    for name in names:
+                        self._saved(name, dtype)
                 else:
                     self._timed(names, mode, dtype)
 
@@ -316,18 +323,19 @@ class BackboneBench(Bench):
         ):
             return network(self.x.to(precision.parameters))
 
-    def _saved(self, names: list[str], dtype: str) -> dict[str, dict]:
-        return {
-            name: dict(
-                saved_bytes=saved_bytes(
-                    functools.partial(
-                        self._forward, self.networks[name].train(), dtype
-                    ),
-                    self.networks[name],
-                )
-            )
-            for name in names
-        }
+    def _saved(self, name: str, dtype: str) -> None:
+        self.begin(f'{name}, memory, {dtype}')
+        network = self.networks[name].train()
+        forward = functools.partial(self._forward, network, dtype)
+        found: list[int] = []
+        try:
+            ran = what_runs(lambda: found.append(saved_bytes(forward, network)))
+            check_what_ran(name, network, ran)
+        except Exception as reason:  # whatever a driver may raise
+            self.skip(name, 'memory', dtype, reason)
+        else:
+            row = dict(saved_bytes=found[0], **ran._asdict())
+            self.add({name: row}, 'memory', dtype)
 
     def _timed(self, names: list[str], mode: str, dtype: str) -> None:
         settings, compute = self.settings, DTYPES[dtype].compute
@@ -373,16 +381,19 @@ class BackboneBench(Bench):
 
         def step(batch: int) -> None:
             if len(self.x) != batch:
-                del self.x
-                self.x = torch.rand(
-                    batch, 3, *self.settings.size, device=self.settings.device
-                )
+                self.x = self._images(batch)
             try:
                 self._step(network, 'train', dtype).run()
             finally:
                 network.zero_grad(set_to_none=True)
 
         self.fit(name, 'train', dtype, step)
+        for other in (*self.networks.values(), self.plain):
+            other.to(self.settings.device)
+        self.x = self._images(self.settings.batch)
+
+    def _images(self, batch: int) -> Tensor:
+        return torch.rand(batch, 3, *self.settings.size, device=self.settings.device)
 
     def _outcome(self, network: nn.Module, mode: str, dtype: str) -> list[Tensor]:
         """Maps, and of a train step the norm of all gradients."""

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-SEARCH_S = 60  # after which a search begins no further trial
+SEARCH_S = 30  # after which a search begins no further trial
 
 
 class Trial(NamedTuple):

@@ -44,7 +44,8 @@ def bars_of(row: dict) -> dict[str, Bar]:
 
 
 def read_panels(paths: Sequence[str]) -> dict[tuple[str, str, str], list[Bar]]:
-    """Bars by (path, title, label of the axis), in the files' order.
+    """Bars by (path, title, label of the axis), in the files' order; of several
+    results where a file holds them as parts.
 
     Raises:
         ValueError: A file is no result of the benchmark.
@@ -57,20 +58,23 @@ def read_panels(paths: Sequence[str]) -> dict[tuple[str, str, str], list[Bar]]:
             raise ValueError(f'{path} cannot be read: {error.strerror}') from error
         except ValueError:
             result = None
-        if not isinstance(result, dict) or 'rows' not in result:
+        if not isinstance(result, dict) or not {'rows', 'parts'} & {*result}:
             raise ValueError(f'{path} is no result of `convnext-mm bench`')
         if result.get('kind') == PAPER_KIND:
             raise ValueError(
                 f'{path} holds the tables of `convnext-mm bench --paper`, which are '
                 'not drawn; the command inside, run again, prints them'
             )
-        height, width = result['size']
-        case = f'{result["arch"]}, {result["batch"]}x3x{height}x{width}'
-        for row in result['rows']:
-            dtype = DTYPE_NAMES.get(row['dtype'], row['dtype'])
-            for label, bar in bars_of(row).items():
-                title = f'{row["mode"]}, {dtype}\n{case}'
-                panels.setdefault((path, title, label), []).append(bar)
+        for part in result['parts'].values() if 'parts' in result else [result]:
+            if not part.get('rows'):
+                continue
+            height, width = part['size']
+            case = f'{part["arch"]}, {part["batch"]}x3x{height}x{width}'
+            for row in part['rows']:
+                dtype = DTYPE_NAMES.get(row['dtype'], row['dtype'])
+                for label, bar in bars_of(row).items():
+                    title = f'{row["mode"]}, {dtype}\n{case}'
+                    panels.setdefault((path, title, label), []).append(bar)
     return panels
 
 
