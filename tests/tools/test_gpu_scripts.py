@@ -169,6 +169,15 @@ def test_what_the_proof_measures():
     assert {96, 192, 384, 768, 128, 1024} <= {case['shape'][1] for case in kernels}
 
 
+def test_every_candidate_is_checked():
+    pytest.importorskip('triton')
+    from convnext_mm.ops.triton import launch
+
+    choices = [len(launch.STRIPS), len(launch.SUM_TILES) + 1]
+    choices += [len(tiles) + 1 for tiles in launch.PRODUCT_TILES.values()]
+    assert max(choices) == gpu_proof.CANDIDATES
+
+
 # A worker that does what its settings say, without PyTorch.
 WORKER = """
 import json, os, signal, sys, time
