@@ -19,6 +19,10 @@ PRIVATE_NAMES = {
     'torch.ops.aten.gelu_backward': "impl='eager' runs, not 'lean'",
     'torch.autograd.forward_ad._current_level': "impl='auto' is 'eager'",
     'torch._C._functorch.peek_interpreter_stack': "impl='auto' is 'eager'",
+    'torch._C._len_torch_dispatch_stack': "small maps wait for PyTorch's dispatcher",
+    'torch.autograd.profiler._is_profiler_enabled': (
+        "small maps wait for PyTorch's dispatcher"
+    ),
     'torch._foreach_copy_': 'statistics of batch norm are copied one by one',
     'torch._foreach_norm': 'norms of gradients are computed one by one',
     'torch._dynamo.config.recompile_limit': 'compiled peers may be compiled less often',

@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from convnext_mm.private_names import has
+
 from .fused import KEEP_ALL, KEEP_NOTHING, compute_dtype, memory_format, out_dtype
 from .weights import BlockNeeds, BlockWeights
 
@@ -36,7 +38,9 @@ def define_operator(
     setup_context: Callable | None = None,
     backward: Callable = refuse_double_backward,
 ) -> Callable[..., Any]:
-    """The custom operator ``convnext_mm::{name}``.
+    """The custom operator ``convnext_mm::{name}``, for whatever looks at operators:
+    compilers, profilers, counters of FLOPs. Where nothing looks, what it does is
+    called past PyTorch's dispatcher, which takes longer than a small kernel.
 
     Args:
         run: What it does.
@@ -52,7 +56,47 @@ def define_operator(
     operator.register_autograd(backward, setup_context=setup_context)
     if flops is not None:
         register_flop_formula(getattr(torch.ops.convnext_mm, name))(flops)
-    return operator
+
+    class Direct(torch.autograd.Function):
+        @staticmethod
+        def forward(*args: Any) -> Any:
+            out = run(*args)
+            return tuple(out) if isinstance(out, list) else out
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            if setup_context is not None:
+                setup_context(ctx, inputs, output)
+
+    Direct.backward = staticmethod(backward)  # type: ignore[method-assign]
+
+    def call(*args: Any) -> Any:
+        if _somebody_looks(args):
+            return operator(*args)
+        return Direct.apply(*args) if torch.is_grad_enabled() else run(*args)
+
+    return call
+
+
+# Types of arguments that nobody can look at: other tensors have a dispatch of
+# their own.
+_PLAIN = {Tensor, torch.nn.Parameter, torch.dtype, type(None), bool, int, float, list}
+_PLAIN |= {tuple, torch.Size}
+
+
+def _somebody_looks(args: Sequence[Any]) -> bool:
+    """Whether an operator's call must be seen as such."""
+    return (
+        torch.compiler.is_compiling()
+        or not has('torch.autograd.profiler._is_profiler_enabled')
+        or torch.autograd.profiler._is_profiler_enabled
+        or not has('torch._C._len_torch_dispatch_stack')
+        or torch._C._len_torch_dispatch_stack() > 0
+        or not has('torch._C._functorch.peek_interpreter_stack')
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or not _PLAIN.issuperset(map(type, args))
+        or args[0].device.type == 'meta'
+    )
 
 
 def _backward_by(operator: Callable[..., list[Tensor]], inputs: int) -> Callable:
@@ -77,22 +121,37 @@ def _as_parameter(grad: Tensor, param: Tensor | None) -> Tensor:
     stands for the layer's input, whose gradient is right as it is."""
     if param is None:
         return grad
-    grad = grad.to(param.dtype).view_as(param)
+    if grad.dtype != param.dtype:
+        grad = grad.to(param.dtype)
+    if grad.shape != param.shape:
+        grad = grad.view(param.shape)
     if grad.stride() == param.stride():
         return grad
     return torch.empty_like(param).copy_(grad)
 
 
-def on_device_of(x: Tensor) -> torch.cuda.device:
+def on_device_of(x: Tensor) -> contextlib.AbstractContextManager[Any]:
     """A context in which kernels start on the device of ``x``."""
-    return torch.cuda.device(x.get_device() if x.is_cuda else -1)
+    if not x.is_cuda or x.get_device() == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(x.get_device())
 
 
 @contextlib.contextmanager
 def _undisturbed_on(x: Tensor) -> Iterator[None]:
     """No autocast, and kernels start on the device of ``x``."""
-    with torch.autocast(x.device.type, enabled=False), on_device_of(x):
-        yield
+    kind = x.device.type
+    if not torch.is_autocast_enabled(kind):
+        with on_device_of(x):
+            yield
+        return
+    # torch.autocast does the same in ten times as long.
+    torch.set_autocast_enabled(kind, False)
+    try:
+        with on_device_of(x):
+            yield
+    finally:
+        torch.set_autocast_enabled(kind, True)
 
 
 # The block --------------------------------------------------------------------

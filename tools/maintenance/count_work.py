@@ -206,6 +206,9 @@ def trips(name: str, grid: tuple[int, ...], args: dict) -> tuple[int, ...]:
             return (blocks(blocks(args['rows'], args['BLOCK_K']), grid[1]),)
         case 'gelu_backward_kernel' | 'gelu_sums_kernel':
             return (blocks(args['pixels'], args['BLOCK_R'] * grid[0]),)
+        case 'pwconv2_grads_kernel':
+            # The other loops, which share the depth, run less often.
+            return (blocks(args['hidden'], args['BLOCK_M']), blocks(args['parts'], 8))
         case 'layer_norm_backward_kernel' | 'scaled_kernel':
             of_sample = blocks(args['pixels'], args['BLOCK_R'])
             return (blocks(args['samples'] * of_sample, grid[0]),)

@@ -17,7 +17,17 @@ import inspect
 import triton
 import triton.language as tl
 
-SIZES = ('samples', 'height', 'width', 'strip', 'strips', 'pixels', 'rows')
+SIZES = (
+    'samples',
+    'height',
+    'width',
+    'strip',
+    'strips',
+    'pixels',
+    'rows',
+    'parts',
+    'sum_parts',
+)
 
 
 def jit(function):
@@ -811,3 +821,75 @@ def scaled_kernel(
             tl.sum(total, 0),
             channel_ok,
         )
+
+
+@triton.jit
+def _sum_parts(ptr, parts, step, column, column_ok, BLOCK_P: tl.constexpr):
+    """Of (parts, columns), ``step`` apart."""
+    total = tl.zeros(column.shape, tl.float32)
+    for first in range(0, parts, BLOCK_P):
+        part = first + tl.arange(0, BLOCK_P)
+        values = tl.load(
+            ptr + part.to(tl.int64)[:, None] * step + column[None, :],
+            (part < parts)[:, None] & column_ok[None, :],
+            other=0.0,
+        )
+        total += tl.sum(values, 0)
+    return total
+
+
+@jit
+def pwconv2_grads_kernel(
+    parts_ptr,
+    sum_parts_ptr,
+    power_ptr,
+    weight_ptr,
+    bias_ptr,
+    gamma_ptr,
+    weight_out_ptr,
+    bias_out_ptr,
+    gamma_out_ptr,
+    parts,
+    sum_parts,
+    channels,
+    hidden,
+    BLOCK_P: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """Gradients of W2, b2 and gamma, a row of W2 in each program: see
+    :mod:`convnext_mm.ops.fused`.
+
+    Args:
+        parts_ptr: (parts, C, M) fp32, of ``(drop * dout)^T h``.
+        sum_parts_ptr: (sum_parts, C) fp32, of the sums of ``drop * dout``.
+        power_ptr: None, or one value that both were divided by.
+        weight_ptr, bias_ptr: W2 (C, M) and b2 (C,).
+        gamma_ptr: (C,), or None for 1.
+        gamma_out_ptr: (C,) fp32, or None.
+    """
+    channel = tl.program_id(0)
+    power = 1.0
+    if power_ptr is not None:
+        power = tl.load(power_ptr)
+    gamma = 1.0
+    if gamma_ptr is not None:
+        gamma = tl.load(gamma_ptr + channel).to(tl.float32)
+    one = channel + tl.arange(0, 1)
+    total = _sum_parts(sum_parts_ptr, sum_parts, channels, one, one >= 0, 256)
+    total = tl.sum(total, 0) * power
+    tl.store(bias_out_ptr + channel, total * gamma)
+    along = tl.zeros((BLOCK_M,), tl.float32)
+    row = channel * hidden
+    for start in range(0, hidden, BLOCK_M):
+        column = start + tl.arange(0, BLOCK_M)
+        column_ok = column < hidden
+        g = power * _sum_parts(
+            parts_ptr, parts, channels * hidden, row + column, column_ok, BLOCK_P
+        )
+        tl.store(weight_out_ptr + row + column, g * gamma, column_ok)
+        if gamma_out_ptr is not None:
+            weight = tl.load(weight_ptr + row + column, column_ok, other=0.0)
+            along += g * weight.to(tl.float32)
+    if gamma_out_ptr is not None:
+        bias = tl.load(bias_ptr + channel).to(tl.float32)
+        tl.store(gamma_out_ptr + channel, tl.sum(along, 0) + total * bias)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .. import lean
 from ..fused import residual_scale
+from ..weights import BlockWeights
 from . import kernels
 from .choose import INTERPRETED, cdiv, fastest, next_power_of_2, programs_at_once, start
 
@@ -350,8 +351,8 @@ def gelu_backward(
 def scaled(
     x: Tensor, scale: Tensor | None, dtype: torch.dtype, sums: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """``x * scale`` in ``dtype``, and with ``sums`` its sums over samples and pixels
-    (C,), fp32.
+    """``x * scale`` in ``dtype``, and with ``sums`` parts of its sums over samples and
+    pixels, (parts, C) fp32.
 
     Args:
         x: (N, P, C).
@@ -359,10 +360,10 @@ def scaled(
     """
     n, pixels, channels = x.shape
     if scale is None and x.dtype == dtype:
-        return x, x.sum((0, 1), dtype=torch.float32) if sums else None
+        return x, x.sum((0, 1), dtype=torch.float32)[None] if sums else None
     out = torch.empty_like(x, dtype=dtype)
     if not x.numel():
-        return out, x.new_zeros(channels, dtype=torch.float32)
+        return out, x.new_zeros(1, channels, dtype=torch.float32)
     columns = cdiv(channels, _BLOCK_M)
     wanted = cdiv(programs_at_once(), columns)
     programs = min(n * cdiv(pixels, 2 * _BLOCK_R), wanted)
@@ -378,12 +379,12 @@ def scaled(
         (n, pixels),
         (channels, of_sample, of_channel, 2 * _BLOCK_R, _BLOCK_M),
     )
-    return out, None if parts is None else parts.sum(0)
+    return out, parts
 
 
 def sum_product(a: Tensor, b: Tensor) -> Tensor:
-    """``sum over samples and pixels of a^T b``, (N, P, A) and (N, P, B) to (A, B),
-    fp32: PyTorch's product, or one whose pixels are shared among programs.
+    """Parts of ``sum over samples and pixels of a^T b``, (N, P, A) and (N, P, B) to
+    (parts, A, B), fp32: PyTorch's product, or one whose pixels programs share.
 
     Where PyTorch can leave it in fp32 it is never rounded to 16 bit, which for
     the sums of a large map would overflow in fp16.
@@ -394,8 +395,8 @@ def sum_product(a: Tensor, b: Tensor) -> Tensor:
     def run(tile: ProductTile | None) -> Tensor:
         if tile is None:
             if a.is_cuda and a.dtype != torch.float32 and _MM_INTO_FP32:
-                return torch.mm(a.t(), b, out_dtype=torch.float32)
-            return torch.mm(a.t(), b).float()
+                return torch.mm(a.t(), b, out_dtype=torch.float32)[None]
+            return torch.mm(a.t(), b).float()[None]
         blocks = cdiv(a.shape[1], tile.rows) * cdiv(b.shape[1], tile.columns)
         # As many as a device holds at once of 8 warps.
         splits = max(1, programs_at_once() // 2 // blocks)
@@ -410,13 +411,49 @@ def sum_product(a: Tensor, b: Tensor) -> Tensor:
             num_warps=tile.warps,
             num_stages=tile.stages,
         )
-        return parts.sum(0)
+        return parts
 
     candidates: tuple[ProductTile | None, ...] = (None,)
     if a.dtype != torch.float32 and rows:
         candidates += SUM_TILES
     key = ('sum_product', a.shape[1], b.shape[1], a.dtype)
     return run(fastest(key, rows, candidates, run))
+
+
+def pwconv2_grads(
+    parts: Tensor,
+    sum_parts: Tensor,
+    power: Tensor | None,
+    weights: BlockWeights,
+    need_gamma: bool,
+) -> dict[str, Tensor]:
+    """:func:`convnext_mm.ops.fused.pwconv2_grads` of the parts of its first two
+    arguments: (parts, C, M) and (parts, C)."""
+    _, channels, hidden = parts.shape
+    weight = parts.new_empty(channels, hidden)
+    bias = parts.new_empty(channels)
+    grads = dict(pwconv2_weight=weight, pwconv2_bias=bias)
+    if need_gamma and weights.gamma is not None:
+        grads['gamma'] = torch.empty_like(bias)
+    start(
+        kernels.pwconv2_grads_kernel,
+        (channels, 1, 1),
+        (
+            parts,
+            sum_parts,
+            power,
+            weights.pwconv2_weight.contiguous(),
+            weights.pwconv2_bias,
+            weights.gamma,
+            weight,
+            bias,
+            grads.get('gamma'),
+        ),
+        (len(parts), len(sum_parts)),
+        (channels, hidden, 8, min(512, next_power_of_2(hidden))),
+        num_warps=4,
+    )
+    return grads
 
 
 class Product(NamedTuple):
@@ -519,11 +556,12 @@ def linear_gelu(
 
     Args:
         x: (N, P, K).
-        weight: (M, K).
+        weight: (M, K), in the dtype of ``x``.
+        bias: (M,), in any.
     """
 
     def library() -> Outputs:
-        y = F.linear(x, weight, bias)
+        y = F.linear(x, weight, bias.to(x.dtype))
         return F.gelu(y), y if keep else None, None
 
     product = Product('gelu', x, weight, bias, x.dtype, second=keep)
@@ -543,13 +581,14 @@ def linear_residual(
 
     Args:
         x: (N, P, M).
-        weight: (C, M).
+        weight: (C, M), in the dtype of ``x``.
+        bias: (C,), in any.
         residual: (N, P, C).
         gamma, drop: (C,) and (N,), or None for 1.
     """
 
     def library() -> Outputs:
-        y = F.linear(x, weight, bias)
+        y = F.linear(x, weight, bias.to(x.dtype))
         out = residual.new_empty(residual.shape, dtype=out_dtype)
         scale = residual_scale(gamma, drop)
         if scale is None:

@@ -24,7 +24,6 @@ from ..fused import (
     grn_factors,
     memory_format,
     out_dtype,
-    pwconv2_grads,
     residual_scale,
     rows,
 )
@@ -57,16 +56,16 @@ def _forward(
     norm = (weights.norm_weight, weights.norm_bias, eps)
     maps_rows = maps.flatten(1, 2)
     normed = launch.layer_norm(maps_rows, *norm, torch.empty_like(maps_rows))
-    w1, b1 = weights.pwconv1_weight.to(dtype), weights.pwconv1_bias.to(dtype)
-    w2, b2 = weights.pwconv2_weight.to(dtype), weights.pwconv2_bias.to(dtype)
+    w1, w2 = weights.pwconv1_weight.to(dtype), weights.pwconv2_weight.to(dtype)
+    b1, b2 = weights.pwconv1_bias, weights.pwconv2_bias
     hidden: Tensor | None
     if weights.grn_gamma is None:
         h, hidden = launch.linear_gelu(normed, w1, b1, keep != KEEP_NOTHING)
     else:
-        hidden = F.linear(normed, w1, b1)
+        hidden = F.linear(normed, w1, b1.to(dtype))
         scale, _ = grn_factors(_norm(hidden), weights.grn_gamma)
         h = launch.gelu_scaled(hidden, scale)
-        b2 = bias_with_beta(b2, w2, weights.grn_beta)
+        b2 = bias_with_beta(b2.to(dtype), w2, weights.grn_beta)
     del normed
     out = launch.linear_residual(
         h,
@@ -137,7 +136,7 @@ def _pointwise_backward(
     need_1 = needs.pwconv1_weight or needs.pwconv1_bias
     need_2 = needs.pwconv2_weight or needs.pwconv2_bias or needs.gamma
     dg_scale, power = g_scale(grad_out, drop_scale, dtype)
-    dg, g_sum = launch.scaled(grad_out, dg_scale, dtype, sums=need_2)
+    dg, dg_sums = launch.scaled(grad_out, dg_scale, dtype, sums=need_2)
     w2 = weights.pwconv2_weight
     if dtype == torch.float16:  # no range for weights times a small gamma
         scale = residual_scale(weights.gamma, drop_scale)
@@ -150,9 +149,9 @@ def _pointwise_backward(
     d_hidden, h, grads = _hidden_backward(dy, w2, hidden, weights, need_2)
     del dy
     if h is not None:
-        assert g_sum is not None
+        assert dg_sums is not None
         g = launch.sum_product(dg, h)
-        grads.update(pwconv2_grads(g, g_sum, power, weights, needs.gamma))
+        grads.update(launch.pwconv2_grads(g, dg_sums, power, weights, needs.gamma))
     del h, dg
 
     d_normed = F.linear(d_hidden, weights.pwconv1_weight.to(dtype).t())
@@ -167,7 +166,7 @@ def _pointwise_backward(
         normed,
     )
     if normed is not None:
-        grads['pwconv1_weight'] = launch.sum_product(d_hidden, normed)
+        grads['pwconv1_weight'] = launch.sum_product(d_hidden, normed).sum(0)
     return d_maps, grads
 
 
