@@ -59,14 +59,11 @@ def define_operator(
 
     class Direct(torch.autograd.Function):
         @staticmethod
-        def forward(*args: Any) -> Any:
+        def forward(ctx: Any, *args: Any) -> Any:
             out = run(*args)
-            return tuple(out) if isinstance(out, list) else out
-
-        @staticmethod
-        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
             if setup_context is not None:
-                setup_context(ctx, inputs, output)
+                setup_context(ctx, args, out)
+            return tuple(out) if isinstance(out, list) else out
 
     Direct.backward = staticmethod(backward)  # type: ignore[method-assign]
 
@@ -118,9 +115,9 @@ def _backward_by(operator: Callable[..., list[Tensor]], inputs: int) -> Callable
 def _as_parameter(grad: Tensor, param: Tensor | None) -> Tensor:
     """In dtype, shape and strides of ``param``: compiled code relies on what the
     operator's fake announces. (Convolutions of small maps give others.) None
-    stands for the layer's input, whose gradient is right as it is."""
+    stands for the layer's input, whose gradient is channels-last."""
     if param is None:
-        return grad
+        return grad.contiguous(memory_format=torch.channels_last)
     if grad.dtype != param.dtype:
         grad = grad.to(param.dtype)
     if grad.shape != param.shape:
@@ -189,8 +186,9 @@ def define_block(
     Args:
         forward: ``(x, weights, drop_scale, eps, dilation, dtype, keep)`` to the
             output and what backward needs: the input in ``dtype``, the dtype to
-            compute in (where ``x`` has another), the depthwise output, and the
-            pre-activation (N, H * W, M); each may be None where ``keep`` says so.
+            compute in (where ``x`` has another), and the depthwise output, both
+            channels-last, and the pre-activation (N, H * W, M); each may be None
+            where ``keep`` says so.
         backward: ``(grad_out, x, maps, hidden, weights, drop_scale, eps,
             dilation, x_dtype, needs)`` to gradients by the names of
             :class:`.BlockNeeds`, at least those needed, of weights in any
@@ -254,8 +252,8 @@ def _fake_block(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
     out = torch.empty_like(
         x, dtype=out_dtype(x, weights.gamma, dtype), memory_format=memory_format(x)
     )
-    cast = torch.empty_like(x, dtype=dtype)
-    maps = torch.empty_like(cast, memory_format=torch.channels_last)
+    cast = torch.empty_like(x, dtype=dtype, memory_format=torch.channels_last)
+    maps = torch.empty_like(cast)
     hidden = cast.new_empty(n, h * w, len(weights.pwconv1_weight))
     return (
         out,

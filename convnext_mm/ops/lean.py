@@ -198,7 +198,9 @@ def run(
         scale: Of the residual branch, (N or 1, 1, C or 1), None for 1.
         dtype: Of the output.
     """
-    cast = x.to(packed.b1.dtype)
+    cast = x
+    if x.dtype != packed.b1.dtype:
+        cast = x.to(packed.b1.dtype, memory_format=torch.channels_last)
     maps = depthwise(cast, packed.dwconv_weight, packed.dwconv_bias, dilation)
     kept = cast if keep else None
     del cast
@@ -309,7 +311,7 @@ def _backward(
         if grad.dtype == grad_out.dtype == x_dtype:
             grads['x'] = grad.add_(grad_out)
         else:
-            grads['x'] = torch.add(grad_out, grad).to(x_dtype)
+            grads['x'] = torch.add(grad, grad_out).to(x_dtype)
     if x is not None:
         grads['dwconv_weight'] = depthwise_weight_grad(
             x, grad_maps, weights.dwconv_weight, dilation

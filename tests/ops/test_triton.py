@@ -398,6 +398,26 @@ def test_compiles_with_fixed_shapes(autocast):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize('impl', ['lean', 'triton'])
+@pytest.mark.parametrize('channels_last', [True, False])
+def test_strides_are_those_that_compiled_code_expects(impl, channels_last):
+    """Inductor's code asserts them, of all that forward keeps and backward gives."""
+    torch.manual_seed(0)
+    block = Block(8, impl=impl, kernel_size=3)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    x = torch.rand(2, 8, 6, 5).contiguous(memory_format=layout).requires_grad_()
+    compiled = torch.compile(block, fullgraph=True, dynamic=False)
+    results = []
+    for function in (block, compiled):
+        with torch.autocast('cpu', torch.bfloat16):
+            out = function(x)
+        grads = torch.autograd.grad(out.square().sum(), [x, *block.parameters()])
+        results.append((out, *grads))
+    for ours, expected in zip(*results):
+        assert torch.equal(ours, expected)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize('version', [1, 2])
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
 def test_operators_are_registered_right(version, dtype):

@@ -162,17 +162,17 @@ def start(
         settings: All that may be.
     """
     key = (
-        kernel,
+        id(kernel),
         tensors[0].get_device(),  # type: ignore[union-attr]
         settings,
         tuple(options.values()),
         # Triton compiles for a dtype, and for an address that 16 divides.
         *[None if t is None else (t.dtype, t.data_ptr() % 16 == 0) for t in tensors],
     )
-    compiled = _compiled.get(key)
-    if compiled is None:
-        compiled = kernel[grid](*tensors, *sizes, *settings, **options)
-        if compiled is not None:  # the interpreter's is
-            _compiled[key] = compiled
-    else:
-        compiled[grid](*tensors, *sizes, *settings)
+    known = _compiled.get(key)
+    if known is not None:
+        known[1][grid](*tensors, *sizes, *settings)
+        return
+    compiled = kernel[grid](*tensors, *sizes, *settings, **options)
+    if compiled is not None:  # the interpreter's is
+        _compiled[key] = kernel, compiled  # the first so that its id stays taken

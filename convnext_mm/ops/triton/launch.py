@@ -370,7 +370,7 @@ def scaled(
     parts = x.new_empty(programs, channels, dtype=torch.float32) if sums else None
     of_sample, of_channel = 0, 0
     if scale is not None:
-        of_sample = scale.stride(0) if len(scale) > 1 else 0
+        of_sample = scale.stride(0) if scale.shape[0] > 1 else 0
         of_channel = scale.stride(2) if scale.shape[2] > 1 else 0
     start(
         kernels.scaled_kernel,
@@ -390,7 +390,7 @@ def sum_product(a: Tensor, b: Tensor) -> Tensor:
     the sums of a large map would overflow in fp16.
     """
     a, b = a.flatten(0, 1), b.flatten(0, 1)
-    rows = len(a)
+    rows = a.shape[0]
 
     def run(tile: ProductTile | None) -> Tensor:
         if tile is None:
@@ -449,7 +449,7 @@ def pwconv2_grads(
             bias,
             grads.get('gamma'),
         ),
-        (len(parts), len(sum_parts)),
+        (parts.shape[0], sum_parts.shape[0]),
         (channels, hidden, 8, min(512, next_power_of_2(hidden))),
         num_warps=4,
     )
@@ -490,7 +490,7 @@ def _fastest_product(product: Product, library: Callable[[], Outputs]) -> Output
     product and what follows it, or of one kernel, whichever is faster. fp32 is
     PyTorch's alone, which knows the user's choice on TF32.
     """
-    x, columns = product.x, len(product.weight)
+    x, columns = product.x, product.weight.shape[0]
 
     def run(tile: ProductTile | None) -> Outputs:
         return library() if tile is None else _one_kernel(product, tile)
@@ -505,7 +505,7 @@ def _fastest_product(product: Product, library: Callable[[], Outputs]) -> Output
 def _one_kernel(product: Product, tile: ProductTile) -> Outputs:
     x, weight = product.x, product.weight
     n, pixels, inner = x.shape
-    rows, columns = n * pixels, len(weight)
+    rows, columns = n * pixels, weight.shape[0]
     row_blocks = cdiv(rows, tile.rows)
     out = x.new_empty(n, pixels, columns, dtype=product.out_dtype)
     second = sums = None
