@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from convnext_mm.ops import deploy, eager, lean, triton
+from convnext_mm.ops.measure import lean_is_as_fast
 from convnext_mm.ops.weights import BlockWeights
 from convnext_mm.private_names import has
 
@@ -77,9 +78,14 @@ def _best(x: Tensor) -> str:
         return 'eager'
     if x.device.type == 'cpu':
         return 'lean'
-    if triton.why_not(x) is None and triton.works_on(str(x.device)):
+    if x.device.type != 'cuda':
+        return 'eager'
+    device = str(x.device)
+    if triton.why_not(x) is None and triton.works_on(device):
         return 'triton'
-    return 'eager'
+    if not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing():
+        return 'eager'  # nothing can be timed
+    return 'lean' if lean_is_as_fast(device) else 'eager'
 
 
 def _is_exporting() -> bool:

@@ -26,7 +26,7 @@ from convnext_mm import ConvNeXt
 from convnext_mm.archs import ARCHS
 from convnext_mm.models import block as block_module
 from convnext_mm.models.block import Block
-from convnext_mm.ops import eager, fused
+from convnext_mm.ops import eager, fused, lean, measure
 from convnext_mm.ops import triton as triton_ops
 from repo import ROOT
 
@@ -506,6 +506,8 @@ def test_auto_takes_kernels_that_work(monkeypatch, caplog):
         dtype = torch.float32
 
     monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda d: (9, 0))
+    monkeypatch.setattr(torch.cuda, 'is_current_stream_capturing', lambda: False)
+    monkeypatch.setattr(block_module, 'lean_is_as_fast', lambda device: False)
     monkeypatch.setattr(triton_ops, 'works_on', lambda device: True)
     assert block_module.select_impl('auto', OnGPU()).block is triton_ops.block
     monkeypatch.setattr(triton_ops, 'works_on', lambda device: False)
@@ -513,6 +515,22 @@ def test_auto_takes_kernels_that_work(monkeypatch, caplog):
     monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda d: (7, 5))
     monkeypatch.setattr(triton_ops, 'works_on', lambda device: True)
     assert block_module.select_impl('auto', OnGPU()).block is eager.block
+    monkeypatch.setattr(block_module, 'lean_is_as_fast', lambda device: True)
+    assert block_module.select_impl('auto', OnGPU()).block is lean.block
+    monkeypatch.setattr(torch.cuda, 'is_current_stream_capturing', lambda: True)
+    assert block_module.select_impl('auto', OnGPU()).block is eager.block
+
+
+def test_lean_is_measured_where_kernels_do_not_run(monkeypatch):
+    monkeypatch.setattr(measure, 'SIZE', (1, 8, 8))
+    times = measure._times('cpu')
+    assert set(times) == {'eager', 'lean'} and all(t > 0 for t in times.values())
+    for seconds, expected in ((1.0, True), (1.1, False)):
+        measure._lean_is_as_fast.cache_clear()
+        found = dict(eager=1.0, lean=seconds)
+        monkeypatch.setattr(measure, '_times', lambda device, found=found: found)
+        assert measure.lean_is_as_fast('cpu') == expected
+    measure._lean_is_as_fast.cache_clear()
 
 
 @pytest.mark.slow

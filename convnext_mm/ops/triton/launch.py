@@ -50,7 +50,7 @@ PRODUCT_TILES = {
     ).items()
 }
 SUM_TILES = tuple(
-    ProductTile(*tile) for tile in ((128, 128, 8, 3), (64, 128, 4, 4), (64, 64, 4, 4))
+    ProductTile(*tile) for tile in ((128, 128, 8, 3), (64, 128, 8, 3), (64, 64, 4, 4))
 )
 
 
