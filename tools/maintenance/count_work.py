@@ -29,6 +29,21 @@ from check_kernels import (
 # 1.755 GHz.
 BANDWIDTH = 4.3e12
 ISSUES = 132 * 4 * 1.755e9
+# What launches are for: by direction, and in the order of those of a name.
+STEPS = {
+    ('forward', 'depthwise_kernel'): ['depthwise convolution, LayerNorm'],
+    ('forward', 'layer_norm_kernel'): ['depthwise convolution, LayerNorm'],
+    ('forward', 'linear_kernel'): ['W1, GELU', 'W2, residual'],
+    ('backward', 'scaled_kernel'): ['gradient scaled and cast'],
+    ('backward', 'linear_kernel'): ["W2, GELU's derivative"],
+    ('backward', 'product_kernel'): ['gradient of W2', 'gradient of W1'],
+    ('backward', 'pwconv2_grads_kernel'): ['gradient of W2'],
+    ('backward', 'aten::mm'): ['W1'],
+    ('backward', 'layer_norm_backward_kernel'): ['LayerNorm'],
+    ('backward', 'depthwise_kernel'): ['depthwise input'],
+    ('backward', 'depthwise_weight_grad_kernel'): ['depthwise weight'],
+}
+OTHERS = "PyTorch's other operators"
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -139,11 +154,16 @@ def count(architecture: int, channels: int, size: tuple[int, int, int]) -> list[
     finally:
         for name, kernel in originals.items():
             setattr(kernels, name, kernel)
-    return [
-        dict(sm=architecture, direction='forward' if i < forward else 'backward')
-        | (of_kernel(*entry) if len(entry) > 2 else of_operator(*entry))
-        for i, entry in enumerate(launches)
-    ]
+    records = []
+    seen: Counter[tuple[str, str]] = Counter()
+    for i, entry in enumerate(launches):
+        record = of_kernel(*entry) if len(entry) > 2 else of_operator(*entry)
+        key = 'forward' if i < forward else 'backward', record['launch']
+        steps = STEPS.get(key, [])
+        step = steps[seen[key]] if seen[key] < len(steps) else OTHERS
+        seen[key] += 1
+        records.append(dict(sm=architecture, direction=key[0], step=step) | record)
+    return records
 
 
 def of_operator(name: str, moved: int) -> dict:
@@ -166,11 +186,12 @@ def of_kernel(name: str, grid: tuple[int, ...], args: dict, compiled) -> dict:
         totals['all'] += times
         totals[operation(text)] += times
     warps = math.prod(grid) * compiled.metadata.num_warps
-    seen = {}
-    for value in args.values():
-        if isinstance(value, torch.Tensor):
-            seen[id(value)] = value.numel() * value.element_size()
-    moved = sum(seen.values())
+    # What is written over counts twice: it is an argument twice.
+    moved = sum(
+        value.numel() * value.element_size()
+        for value in args.values()
+        if isinstance(value, torch.Tensor)
+    )
     issued = warps * totals['all']
     usage = resource_usage(compiled.asm['cubin'])
     return dict(

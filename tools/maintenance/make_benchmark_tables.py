@@ -15,6 +15,7 @@ from convnext_mm.apis.benchmark.networks import COMPILED, PEERS
 from convnext_mm.apis.benchmark.plot import DTYPE_NAMES
 
 ROOT = Path(__file__).resolve().parents[2]
+OTHER_OPERATORS = "PyTorch's other operators"  # of count_work.py
 MARKS = ('<!-- tools/maintenance/make_benchmark_tables.py: {} -->', '<!-- end -->')
 TRAIN, SAVED, INFER = (
     'train_tiny_2x256x256',
@@ -279,12 +280,53 @@ def mutation_table(results: dict[str, Result]) -> str:
     )
 
 
+def work_table(results: dict[str, Result]) -> str:
+    """What the kernels of a block have to do, before and after they were made to do
+    less, for compute capability 9.0."""
+    work = json.loads((ROOT / 'benchmarks/kernel_work.json').read_text())
+    before, after = (
+        [r for r in work[when]['records'] if r['sm'] == 90]
+        for when in ('before', 'after')
+    )
+
+    def cells(records: Sequence[dict], step: tuple[str, str] | None) -> list[str]:
+        records = [r for r in records if step in (None, (r['direction'], r['step']))]
+        ratios = [r['per_multiply_add'] for r in records if r.get('per_multiply_add')]
+        depthwise = step is not None and 'depthwise' in step[1]
+        return [
+            f'{min(ratios):.1f}' if depthwise and ratios else '',
+            f'{sum(r.get("warp_instructions", 0) for r in records) / 1e6:.0f}',
+            f'{sum(r["bytes"] for r in records) / 1e6:.0f}',
+            str(max((r.get('registers', 0) for r in records), default=0) or ''),
+            f'{sum(r["least_us"] for r in records):.0f}',
+        ]
+
+    steps = list(dict.fromkeys((r['direction'], r['step']) for r in before + after))
+    steps.sort(key=lambda step: (step[0] == 'backward', step[1] == OTHER_OPERATORS))
+    rows = [
+        [
+            'step',
+            'instructions for each multiply-add',
+            'million warp instructions',
+            'MB',
+            'registers',
+            'least time, us',
+        ]
+    ]
+    for step in (*steps, None):
+        name = f'{step[0]}: {step[1]}' if step else '**a block**'
+        pairs = zip(cells(before, step), cells(after, step))
+        rows.append([name, *(f'{a} → {b}' if a or b else '' for a, b in pairs)])
+    return markdown(rows)
+
+
 TABLES: dict[str, dict[str, Callable[[dict[str, Result]], str]]] = {
     'README.md': dict(ratios=readme_table),
     'docs/performance.md': {
         'measured': measured_table,
         'measured, AVX2': partial(measured_table, on=AVX2),
         'ratios': ratio_table,
+        'work': work_table,
     },
     'docs/checkpoints.md': {
         'attacks by door': attack_table,

@@ -55,7 +55,7 @@ SUM_TILES = tuple(
 
 
 # Wider strips load less for each product and need more registers.
-STRIPS = (Strips(4, 1), Strips(4, 2), Strips(8, 1))
+STRIPS = (Strips(4, 1), Strips(4, 0.5), Strips(8, 1))
 WARPS = 4
 
 
