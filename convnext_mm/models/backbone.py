@@ -12,6 +12,7 @@ from convnext_mm.checkpoint.load import AnyFamily
 
 from .arguments import check_drop_path_rate, integer, one_of, parse_out_indices
 from .block import Block
+from .graphs import Graphs
 from .layer_id import default_num_layers, get_layer_id
 
 # mmcv's RoIAlign and its like read memory as (N, C, H, W) whatever the strides
@@ -73,6 +74,7 @@ class StagedBackbone(AnyFamily, BaseModule):
         self.gap_before_final_norm = gap_before_final_norm
         self.allow_partial = allow_partial
         self.deployed = False
+        self.graphs: Graphs | None = None
 
     @abstractmethod
     def _downsample_layer(self, stage: int) -> nn.Module:
@@ -137,6 +139,11 @@ class StagedBackbone(AnyFamily, BaseModule):
                 channels, or is too small.
         """
         self._check_input(x)
+        if self.graphs is not None:
+            return self.graphs.run(self, self._maps, x)
+        return self._maps(x)
+
+    def _maps(self, x: Tensor) -> tuple[Tensor, ...]:
         outs = []
         for i, stage in enumerate(self.stages):
             x = stage(self.downsample_layers[i](x))
@@ -173,6 +180,8 @@ class StagedBackbone(AnyFamily, BaseModule):
             if isinstance(module, Block):
                 module.switch_to_deploy()
         self.deployed = True
+        if self.graphs is not None:  # those of the folded weights are others
+            self.graphs = Graphs(self.graphs.limit)
         return self
 
     def train(self, mode: bool = True) -> 'StagedBackbone':

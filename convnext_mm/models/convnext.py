@@ -19,6 +19,7 @@ from .arguments import (
 )
 from .backbone import StagedBackbone
 from .block import IMPL_NAMES, Block, Downsample, LayerNorm2d
+from .graphs import Graphs
 
 
 class PaddedConv2d(nn.Conv2d):
@@ -84,6 +85,11 @@ class ConvNeXt(StagedBackbone):
         norm_cfg, act_cfg, linear_pw_conv: Accepted at the defaults of
             mmpretrain's ConvNeXt only, so that a detector's or segmentor's config
             written for it works.
+        cuda_graphs: Sizes of inputs whose passes are kept as CUDA graphs, which a GPU
+            runs without waiting for Python; 0: none. For inference, and for
+            training with crops of one size (ADE20K, classification) and few images
+            a GPU. Each takes the memory of a pass for good. Multi-scale training
+            has too many sizes.
         init_cfg: MMEngine's. ``dict(type='Pretrained', checkpoint=...,
             prefix=...)`` takes the checkpoint of any ConvNeXt, a file or an
             address, see :func:`convnext_mm.load_checkpoint`. Without it
@@ -132,6 +138,7 @@ class ConvNeXt(StagedBackbone):
         norm_cfg: dict | None = None,
         act_cfg: dict | None = None,
         linear_pw_conv: bool = True,
+        cuda_graphs: int = 0,
         init_cfg: dict | Sequence[dict] | None = None,
     ) -> None:
         published = parse_arch(arch)
@@ -173,6 +180,8 @@ class ConvNeXt(StagedBackbone):
             impl=impl,
         )
         self._build(drop_path_rate, out_norm)
+        if integer('cuda_graphs', cuda_graphs, 0):
+            self.graphs = Graphs(cuda_graphs)
 
     def _block(self, stage: int, index: int, drop_path: float) -> Block:
         dilation = self._dilation(stage)

@@ -231,6 +231,13 @@ def proof() -> list[list[Part]]:
         model('detector', 'amp', 2),
         model('segmentor', 'amp', 2),
         backbone('backbone_tiny_amp_crop', dtype=['amp'], **crop),
+        backbone(
+            'backbone_tiny_amp_graphs',
+            mode=['train', 'infer'],
+            dtype=['amp'],
+            size=CROP,
+            networks=['triton', 'triton+graphs', 'mmpretrain', 'timm'],
+        ),
         backbone('backbone_tiny_bf16', mode=modes, dtype=['bf16']),
         compiled('tiny'),
         model('detector-infer', 'amp', 1),

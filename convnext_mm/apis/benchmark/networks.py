@@ -28,8 +28,9 @@ PEER_MODULES = dict(
 PEERS = ('paper', *PEER_MODULES)
 OTHERS = ('resnet50', 'swin')  # no ConvNeXts, in whole models
 DEPLOY = '+deploy'  # after switch_to_deploy()
+GRAPHS = '+graphs'  # passes kept as CUDA graphs
 COMPILED = ' compiled'
-OURS = (*IMPLEMENTATIONS, 'auto', 'lean' + DEPLOY, 'triton' + DEPLOY)
+OURS = (*IMPLEMENTATIONS, 'auto', 'lean' + DEPLOY, 'triton' + DEPLOY, 'triton' + GRAPHS)
 # Large enough for every parameter to show in the output.
 LAYER_SCALE = 0.1
 CHECK_SHAPE = (1, 3, 64, 96)
@@ -247,7 +248,10 @@ def build_checked(
 
 def build_ours(name: str, arch: str, model: ConvNeXt) -> ConvNeXt:
     network = ConvNeXt(
-        arch, layer_scale_init_value=LAYER_SCALE, impl=name.removesuffix(DEPLOY)
+        arch,
+        layer_scale_init_value=LAYER_SCALE,
+        impl=name.removesuffix(DEPLOY).removesuffix(GRAPHS),
+        cuda_graphs=4 if name.endswith(GRAPHS) else 0,
     )
     network.load_state_dict(model.state_dict())
     if name.endswith(DEPLOY):
@@ -335,7 +339,7 @@ def check_what_ran(name: str, network: nn.Module, ran: Implementation) -> None:
         RuntimeError: Something else was, in some block at least.
     """
     name = name.removesuffix(COMPILED)
-    wanted = name.removesuffix(DEPLOY).removesuffix('+')
+    wanted = name.removesuffix(DEPLOY).removesuffix(GRAPHS).removesuffix('+')
     if wanted == 'auto':
         return
     if wanted not in ('lean', 'triton'):

@@ -133,6 +133,7 @@ def _pointwise_backward(
     """The gradient of the depthwise output (N, P, C), and by name those of all
     weights after it. ``grad_out`` is (N, P, C)."""
     dtype = maps.dtype
+    maps_rows = rows(maps).contiguous()
     need_1 = needs.pwconv1_weight or needs.pwconv1_bias
     need_2 = needs.pwconv2_weight or needs.pwconv2_bias or needs.gamma
     dg_scale, power = g_scale(grad_out, drop_scale, dtype)
@@ -154,16 +155,12 @@ def _pointwise_backward(
         grads.update(launch.pwconv2_grads(g, dg_sums, power, weights, needs.gamma))
     del h, dg
 
-    d_normed = F.linear(d_hidden, weights.pwconv1_weight.to(dtype).t())
+    w1 = weights.pwconv1_weight.to(dtype)
+    d_normed = torch.mm(d_hidden.flatten(0, 1), w1).view(maps_rows.shape)
     # The normalised map takes the place of its gradient.
     normed = d_normed if need_1 else None
     d_maps, grads['norm_weight'], grads['norm_bias'] = launch.layer_norm_backward(
-        d_normed,
-        rows(maps).contiguous(),
-        weights.norm_weight,
-        weights.norm_bias,
-        eps,
-        normed,
+        d_normed, maps_rows, weights.norm_weight, weights.norm_bias, eps, normed
     )
     if normed is not None:
         grads['pwconv1_weight'] = launch.sum_product(d_hidden, normed).sum(0)
