@@ -80,18 +80,25 @@ def onednn(x: Tensor) -> bool:
     )
 
 
+@functools.cache
+def _has_avx512() -> bool:
+    return torch.backends.cpu.get_cpu_capability() == 'AVX512'
+
+
 def _linear(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool = False
 ) -> Tensor:
     """(..., K) and (M, K) to (..., M), then GELU if asked for.
 
-    PyTorch gives fp32 products to MKL, which is much slower than oneDNN on
-    CPUs of another maker than its own. ``weight`` may be reordered for oneDNN.
+    PyTorch gives fp32 products to MKL, which with AVX512 is much slower than oneDNN on
+    CPUs of another maker than its own. Without AVX512 oneDNN is the slower where an
+    operand is transposed. ``weight`` may be reordered for oneDNN.
     """
     if weight.is_mkldnn or (
         x.dtype == torch.float32
         and onednn(x)
         and has('torch.ops.mkldnn._linear_pointwise')
+        and (_has_avx512() or weight.is_contiguous())
     ):
         return torch.ops.mkldnn._linear_pointwise(
             x, weight, bias, 'gelu' if gelu else 'none', [], 'none' if gelu else ''
@@ -378,7 +385,7 @@ def _pointwise_backward(
 def _product(a: Tensor, b: Tensor) -> Tensor:
     """``sum_rows a^T b``: (..., A) and (..., B), contiguous, to (A, B)."""
     a, b = a.flatten(0, -2), b.flatten(0, -2)
-    if a.dtype == torch.float32 and onednn(a):
+    if a.dtype == torch.float32 and onednn(a) and _has_avx512():
         return _linear(a.t(), b.t())
     return torch.mm(a.t(), b)
 
