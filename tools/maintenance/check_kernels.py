@@ -452,25 +452,23 @@ def start_all(c: int, dtype) -> None:
             operators._norm_backward_op(grad, x, *norm)
 
 
-def tool(name: str) -> Path:
-    """A program of NVIDIA's that comes with Triton."""
+def cuobjdump(cubin: bytes, option: str) -> str:
+    """What NVIDIA's program, which comes with Triton, prints of a binary."""
     import triton
 
-    return Path(triton.__file__).parent / 'backends/nvidia/bin' / name
+    tool = Path(triton.__file__).parent / 'backends/nvidia/bin/cuobjdump'
+    with tempfile.NamedTemporaryFile(suffix='.cubin') as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run(
+            [tool, option, file.name], check=True, capture_output=True, text=True
+        ).stdout
 
 
 def resource_usage(cubin: bytes) -> dict[str, int]:
     """Registers of a thread (REG), bytes of its stack, where spills go, and
     bytes of local memory, as cuobjdump reads them from the binary."""
-    with tempfile.NamedTemporaryFile(suffix='.cubin') as file:
-        file.write(cubin)
-        file.flush()
-        text = subprocess.run(
-            [tool('cuobjdump'), '--dump-resource-usage', file.name],
-            check=True,
-            capture_output=True,
-            text=True,
-        ).stdout
+    text = cuobjdump(cubin, '--dump-resource-usage')
     line = next(line for line in text.splitlines() if 'REG:' in line)
     pairs = (word.split(':') for word in line.split() if word.count(':') == 1)
     return {key: int(value) for key, value in pairs if value.isdigit()}

@@ -11,17 +11,15 @@ launch: that of its bytes or of its instructions, whichever is longer.
 import argparse
 import json
 import re
-import subprocess
-import tempfile
 from collections import Counter
 from pathlib import Path
 
 from check_kernels import (
     AbsentDevice,
     Recorder,
+    cuobjdump,
     print_table,
     resource_usage,
-    tool,
     zero_weights,
 )
 
@@ -238,15 +236,7 @@ def trips(name: str, grid: tuple[int, ...], args: dict) -> tuple[int, ...]:
 
 def instructions(cubin: bytes) -> list[tuple[int, str]]:
     """Addresses and texts."""
-    with tempfile.NamedTemporaryFile(suffix='.cubin') as file:
-        file.write(cubin)
-        file.flush()
-        text = subprocess.run(
-            [tool('cuobjdump'), '-sass', file.name],
-            check=True,
-            capture_output=True,
-            text=True,
-        ).stdout
+    text = cuobjdump(cubin, '-sass')
     lines = re.findall(r'^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);', text, re.MULTILINE)
     code = [(int(address, 16), text) for address, text in lines]
     # What follows the last exit pads the kernel.
