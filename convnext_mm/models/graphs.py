@@ -34,6 +34,7 @@ class Graphs:
         self.limit = limit
         self._kept: OrderedDict[tuple[Any, ...], Graph] = OrderedDict()
         self._captured = 0
+        self._said = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> 'Graphs':
         return Graphs(self.limit)  # a copied network has parameters of its own
@@ -46,6 +47,7 @@ class Graphs:
     ) -> Maps:
         """``compute(x)``, which uses the parameters of ``network``."""
         if not _possible(x):
+            self._say_once(network, x)
             return compute(x)
         key = _state(network, x)
         graph = self._kept.get(key)
@@ -65,6 +67,17 @@ class Graphs:
         self._kept.move_to_end(key)
         return compute(x) if graph.waits_for_backward() else graph(x)
 
+    def _say_once(self, network: nn.Module, x: Tensor) -> None:
+        if self._said or torch.compiler.is_compiling() or _has_graphs(x):
+            return
+        self._said = True
+        print_log(
+            f'cuda_graphs={self.limit} of the {type(network).__name__} does nothing on '
+            f'{x.device.type}: CUDA graphs are for NVIDIA GPUs',
+            'current',
+            30,
+        )
+
     def _count(self, network: nn.Module) -> None:
         if len(self._kept) > self.limit:
             self._kept.popitem(last=False)
@@ -79,10 +92,13 @@ class Graphs:
             )
 
 
+def _has_graphs(x: Tensor) -> bool:
+    return x.is_cuda and torch.version.hip is None
+
+
 def _possible(x: Tensor) -> bool:
     return (
-        x.is_cuda
-        and torch.version.hip is None
+        _has_graphs(x)
         and not x.requires_grad
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]

@@ -92,19 +92,22 @@ def _linear(
 
     PyTorch gives fp32 products to MKL, which with AVX512 is much slower than oneDNN on
     CPUs of another maker than its own. Without AVX512 oneDNN is the slower where an
-    operand is transposed. ``weight`` may be reordered for oneDNN.
+    operand is transposed, and its GELU is slower than PyTorch's. ``weight`` may be
+    reordered for oneDNN.
     """
+    fused = gelu and _has_avx512()
     if weight.is_mkldnn or (
         x.dtype == torch.float32
         and onednn(x)
         and has('torch.ops.mkldnn._linear_pointwise')
         and (_has_avx512() or weight.is_contiguous())
     ):
-        return torch.ops.mkldnn._linear_pointwise(
-            x, weight, bias, 'gelu' if gelu else 'none', [], 'none' if gelu else ''
+        x = torch.ops.mkldnn._linear_pointwise(
+            x, weight, bias, 'gelu' if fused else 'none', [], 'none' if fused else ''
         )
-    x = F.linear(x, weight, bias)
-    return F.gelu(x) if gelu else x
+    else:
+        x, fused = F.linear(x, weight, bias), False
+    return torch.ops.aten.gelu_(x) if gelu and not fused else x
 
 
 def _layer_norm(

@@ -123,6 +123,9 @@ RUN_BY = {
     'tools/maintenance/make_model_zoo.py': (
         'tests/tools/test_model_zoo.py::test_page_is_current',
     ),
+    'tools/maintenance/time_per_pixel.py': (
+        'tests/tools/test_time_per_pixel.py::test_rows_and_picture',
+    ),
     'tools/slurm_train.sh': ('tests/tools/test_slurm.py::test_job_is_requeued',),
     'tools/train.py': (
         'tests/engine/test_profile_hook.py::test_detector',
@@ -148,6 +151,8 @@ VARIABLES = {
     'CONVNEXT_MM_CACHE': 'tests/apis/test_doctor.py',
     'CONVNEXT_MM_FUZZ': 'tests/checkpoint/test_attacks.py',
     'CONVNEXT_MM_RESULTS': 'tests/checkpoint/conftest.py',
+    'MALLOC_MMAP_MAX_': 'tests/tools/test_time_per_pixel.py',
+    'MALLOC_TRIM_THRESHOLD_': 'tests/tools/test_time_per_pixel.py',
     'MASTER_ADDR': 'tools/maintenance/inject_faults.py',
     'NNODES': 'tools/maintenance/inject_faults.py',
     'NODE_RANK': 'tools/maintenance/inject_faults.py',

@@ -124,13 +124,17 @@ def test_two_passes_before_a_backward(standin):
     assert_same(model, plain, x)
 
 
-def test_changing_sizes_end_captures(standin, caplog):
+def test_changing_sizes_end_captures(standin, monkeypatch):
+    said = []
+    monkeypatch.setattr(graphs, 'print_log', lambda text, *_: said.append(text))
     model, plain = pair()
     for size in range(32, 32 + 20):
         x = torch.rand(1, 3, size, 32)
         with torch.no_grad():
             assert_close(model(x), plain(x))
     assert Standin.captures == 2 * graphs.PATIENCE
+    (text,) = said
+    assert 'goes on without new ones' in text
     assert len(model.graphs._kept) == 2
 
 
@@ -172,10 +176,15 @@ def test_what_cannot_be_captured_says_so(standin, monkeypatch):
         model(torch.rand(1, 3, 32, 32))
 
 
-def test_without_a_gpu_nothing_is_captured():
+def test_without_a_gpu_nothing_is_captured(monkeypatch):
+    said = []
+    monkeypatch.setattr(graphs, 'print_log', lambda text, *_: said.append(text))
     model, plain = pair()
-    assert_same(model, plain, torch.rand(1, 3, 32, 32))
+    for _ in range(2):
+        assert_same(model, plain, torch.rand(1, 3, 32, 32))
     assert not model.graphs._kept
+    (text,) = said
+    assert 'cuda_graphs=2 of the ConvNeXt does nothing on cpu' in text
     with pytest.raises(ValueError, match='cuda_graphs.*-1'):
         ConvNeXt(SMALL, cuda_graphs=-1)
 

@@ -56,6 +56,25 @@ def test_block_equals_eager(impl, version, scale, dtype, dilation, samples, size
     assert_equals_eager(impl, values, drop_scale, dilation=dilation)
 
 
+@pytest.mark.parametrize('avx512', [True, False])
+@pytest.mark.parametrize('gelu', [True, False])
+@pytest.mark.parametrize('kind', ['plain', 'transposed', 'reordered', 'fp64'])
+def test_every_route_of_a_product(avx512, gelu, kind, monkeypatch):
+    """Which library computes it follows from the CPU; the numbers do not."""
+    monkeypatch.setattr(lean, '_has_avx512', lambda: avx512)
+    dtype = torch.float64 if kind == 'fp64' else torch.float32
+    x, bias = torch.randn(2, 33, 24, dtype=dtype), torch.randn(40, dtype=dtype)
+    weight = torch.randn(40, 24, dtype=dtype)
+    expected = nn.functional.linear(x.double(), weight.double(), bias.double())
+    if gelu:
+        expected = nn.functional.gelu(expected)
+    if kind == 'transposed':
+        weight = weight.t().contiguous().t()
+    if kind == 'reordered':
+        weight = torch.ops.mkldnn._reorder_linear_weight(weight, 66)
+    assert relative(lean._linear(x, weight, bias, gelu), expected) < 1e-6
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     'channels', sorted({c for arch in ARCHS.values() for c in arch.channels})

@@ -24,7 +24,9 @@ TRAIN, SAVED, INFER = (
 )
 # The same times on a CPU without AVX512, with today's PyTorch; in fp32 only, which
 # is what such a CPU trains in.
-AVX2 = '_avx2'
+AVX2, TWO = '_avx2', '_avx2_2threads'
+MACHINES = ('', AVX2, TWO)
+KEPT = '_avx2_kept'  # memory, of tools/maintenance/time_per_pixel.py
 LIBRARIES = dict(
     torch='PyTorch', timm='timm', torchvision='torchvision', transformers='transformers'
 )
@@ -181,7 +183,7 @@ def measured_table(results: dict[str, Result], on: str = '') -> str:
     return '\n'.join(
         [
             f'Machine: {machine["cpu"]}, {machine["isa"]}, '
-            f'{machine["threads"]} thread, {CLOCKS[content["clock"]]}',
+            f'{threads(machine)}, {CLOCKS[content["clock"]]}',
             f'(load average {min(loads):.1f} to {max(loads):.1f} on '
             f'{machine["cores"]} cores);',
             ', '.join(f'{shown} {versions[name]}' for name, shown in LIBRARIES.items())
@@ -191,6 +193,10 @@ def measured_table(results: dict[str, Result], on: str = '') -> str:
             markdown(rows),
         ]
     )
+
+
+def threads(machine: dict) -> str:
+    return f'{machine["threads"]} thread{"s" * (machine["threads"] > 1)}'
 
 
 def ratio_table(results: dict[str, Result]) -> str:
@@ -208,24 +214,24 @@ def readme_table(results: dict[str, Result]) -> str:
         ('memory kept for backward', SAVED, 'lean', ('fp32', 'amp')),
         ("the same, `impl='lean+'`", SAVED, 'lean+', ('fp32', 'amp')),
     ]
-    rows = [['ConvNeXt-T, one thread of an AMD EPYC', 'dtype']]
-    for machine in ('', AVX2):
+    rows = [["of mmpretrain's / of the best peer's, ConvNeXt-T", 'dtype']]
+    for machine in MACHINES:
         content = results[TRAIN + machine].content
-        where = f'{content["machine"]["isa"]}, PyTorch {content["versions"]["torch"]}'
-        rows[0] += [f"{where}: of mmpretrain's", "of the best peer's"]
+        rows[0].append(
+            f'{content["machine"]["isa"]}, {threads(content["machine"])}, '
+            f'PyTorch {content["versions"]["torch"]}'
+        )
     for what, file, ours, dtypes in cases:
         for dtype in dtypes:
             cells = [what, DTYPE_NAMES.get(dtype, dtype)]
-            for machine in ('', AVX2):
+            for machine in MACHINES:
                 result = results[file + machine]
                 value = result.value(ours, dtype)
-                cells += (
-                    ['', '']
+                cells.append(
+                    ''
                     if value is None
-                    else [
-                        f'{value / result.value("mmpretrain", dtype):.0%}',
-                        f'{value / result.best_peer(dtype):.0%}',
-                    ]
+                    else f'{value / result.value("mmpretrain", dtype):.0%} / '
+                    f'{value / result.best_peer(dtype):.0%}'
                 )
             rows.append(cells)
     return markdown(rows)
@@ -320,13 +326,41 @@ def work_table(results: dict[str, Result]) -> str:
     return markdown(rows)
 
 
+def pixel_table(results: dict[str, Result]) -> str:
+    """How much a pixel's time differs with the size of images and batch."""
+    rows = [['ConvNeXt-T, fp32', 'network', 'least', 'most', 'from the middle']]
+    for suffix in (AVX2, TWO, KEPT):
+        path = ROOT / f'benchmarks/time_per_pixel{suffix}.json'
+        result = json.loads(path.read_text())
+        costs: dict[tuple[str, str], list[float]] = {}
+        for row in result['rows']:
+            costs.setdefault((row['mode'], row['network']), []).append(
+                row['of_reference']
+            )
+        how = threads(result['machine']) + ', memory kept' * bool(result['environment'])
+        for (mode, network), found in costs.items():
+            least, most = min(found), max(found)
+            rows.append(
+                [
+                    f'{mode}, {how}',
+                    network,
+                    f'{least:.2f}',
+                    f'{most:.2f}',
+                    f'{(most - least) / (most + least):.0%}',
+                ]
+            )
+    return markdown(rows)
+
+
 TABLES: dict[str, dict[str, Callable[[dict[str, Result]], str]]] = {
     'README.md': dict(ratios=readme_table),
     'docs/performance.md': {
         'measured': measured_table,
         'measured, AVX2': partial(measured_table, on=AVX2),
+        'measured, AVX2, two threads': partial(measured_table, on=TWO),
         'ratios': ratio_table,
         'work': work_table,
+        'pixels': pixel_table,
     },
     'docs/checkpoints.md': {
         'attacks by door': attack_table,
@@ -362,8 +396,10 @@ def main(argv=None) -> int:
     results = {
         name + machine: Result(name + machine)
         for name in (TRAIN, SAVED, INFER)
-        for machine in ('', AVX2)
+        for machine in MACHINES
+        if name != SAVED or machine != TWO
     }
+    results[SAVED + TWO] = results[SAVED + AVX2]  # threads do not matter
     status = 0
     for page, tables in TABLES.items():
         path = ROOT / page
