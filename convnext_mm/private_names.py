@@ -17,6 +17,7 @@ PRIVATE_NAMES = {
     'torch.ops.aten.native_layer_norm_backward': "impl='eager' runs, not 'lean'",
     'torch.ops.aten.convolution_backward': "impl='eager' runs, not 'lean'",
     'torch.ops.aten.gelu_backward': "impl='eager' runs, not 'lean'",
+    'torch.ops.aten.gelu_': 'GELU takes new memory',
     'torch.autograd.forward_ad._current_level': "impl='auto' is 'eager'",
     'torch._C._functorch.peek_interpreter_stack': "impl='auto' is 'eager'",
     'torch._C._len_torch_dispatch_stack': "small maps wait for PyTorch's dispatcher",

@@ -1,15 +1,18 @@
 """CUDA graphs of a backbone: all launches of a pass by one call, for small inputs of
 few sizes, where the host takes longer than the GPU."""
 
+import contextlib
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from mmengine.logging import print_log
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from convnext_mm.ops.define import intercepted, on_device_of
 
 Maps = tuple[Tensor, ...]
 WARM_UP = 3  # passes before a capture: kernels are chosen, compiled and loaded
@@ -24,7 +27,8 @@ class Graphs:
     runs without one: inputs that are not on an NVIDIA GPU, a gradient for the images,
     a second forward pass before the first one's backward (it would overwrite what that
     needs), compiled code. Where parameters move or sizes change all the time, the
-    network goes on without graphs, and the log says so.
+    network goes on without graphs, and the log says so. A replay runs no hooks of
+    modules inside, and one network's passes must follow each other on one stream.
 
     Args:
         limit: Graphs that are kept; the one longest unused goes first.
@@ -46,7 +50,7 @@ class Graphs:
         self, network: nn.Module, compute: Callable[[Tensor], Maps], x: Tensor
     ) -> Maps:
         """``compute(x)``, which uses the parameters of ``network``."""
-        if not _possible(x):
+        if not _possible(network, x):
             self._say_once(network, x)
             return compute(x)
         key = _state(network, x)
@@ -55,7 +59,10 @@ class Graphs:
             if self._captured >= PATIENCE * self.limit:
                 return compute(x)
             try:
-                graph = Graph(compute, x, list(network.parameters()))
+                with on_device_of(x):
+                    graph = Graph(network, compute, x)
+            except torch.cuda.OutOfMemoryError:
+                raise
             except RuntimeError as error:
                 raise RuntimeError(
                     f'the {type(network).__name__} cannot be captured as a CUDA graph '
@@ -65,7 +72,9 @@ class Graphs:
             self._kept[key] = graph
             self._count(network)
         self._kept.move_to_end(key)
-        return compute(x) if graph.waits_for_backward() else graph(x)
+        if graph.waits_for_backward():
+            return compute(x)
+        return graph(x, [p for p in network.parameters() if p.requires_grad])
 
     def _say_once(self, network: nn.Module, x: Tensor) -> None:
         if self._said or torch.compiler.is_compiling() or _has_graphs(x):
@@ -96,11 +105,14 @@ def _has_graphs(x: Tensor) -> bool:
     return x.is_cuda and torch.version.hip is None
 
 
-def _possible(x: Tensor) -> bool:
+def _possible(network: nn.Module, x: Tensor) -> bool:
     return (
         _has_graphs(x)
         and not x.requires_grad
-        and not torch.compiler.is_compiling()
+        and not intercepted()
+        and not getattr(network, '_is_replica', False)  # of nn.DataParallel
+        # Sharded ones are gathered anew for each pass.
+        and all(type(p) is nn.Parameter for p in network.parameters())
         and not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
         and not torch.cuda.is_current_stream_capturing()
     )
@@ -118,32 +130,55 @@ def _state(network: nn.Module, x: Tensor) -> tuple[Any, ...]:
         torch.is_inference_mode_enabled(),
         torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind),
         tuple(m.training for m in network.modules()),
-        tuple((p.data_ptr(), p.requires_grad) for p in network.parameters()),
+        tuple(
+            # Deployed blocks pack their weights again when those change.
+            (p.data_ptr(), p.requires_grad, network.deployed and _version(p))
+            for p in network.parameters()
+        ),
     )
 
 
+def _version(parameter: Tensor) -> int:
+    return 0 if parameter.is_inference() else parameter._version
+
+
 class Graph:
-    """A forward pass and, where gradients are asked for, its backward pass."""
+    """A forward pass and, where gradients are asked for, its backward pass.
+
+    Both are captured with aliases of the parameters: the same memory, without the
+    hooks that a gradient of the parameters themselves runs later, and without what
+    accumulates it, which waits for the stream of an earlier pass.
+    """
 
     def __init__(
-        self,
-        compute: Callable[[Tensor], Maps],
-        x: Tensor,
-        parameters: Sequence[nn.Parameter],
+        self, network: nn.Module, compute: Callable[[Tensor], Maps], x: Tensor
     ) -> None:
         kind = x.device.type
         self._compute = compute
         self._input = x.clone()
-        self._parameters = [
-            p for p in parameters if p.requires_grad and torch.is_grad_enabled()
+        training = torch.is_grad_enabled()
+        aliases = {
+            p: p.detach().requires_grad_(training and p.requires_grad)
+            for p in network.parameters()
+        }
+        self._parameters = [p for p in aliases.values() if p.requires_grad]
+        self._places = [
+            (module._parameters, name, aliases[p])
+            for module in network.modules()
+            for name, p in module._parameters.items()
+            if p is not None
         ]
         self._running: weakref.ref[Any] | None = None
-        # What autocast keeps of one pass must not be in the graph of another.
-        with torch.autocast(
-            kind,
-            dtype=torch.get_autocast_dtype(kind),
-            enabled=torch.is_autocast_enabled(kind),
-            cache_enabled=False,
+        # What autocast keeps of one pass must not be in the graph of another, and
+        # hooks of a checkpoint around this must not see what is captured.
+        with (
+            torch.autocast(
+                kind,
+                dtype=torch.get_autocast_dtype(kind),
+                enabled=torch.is_autocast_enabled(kind),
+                cache_enabled=False,
+            ),
+            torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t),
         ):
             capture = Capture()
             capture.aside(self._warm_up, WARM_UP)
@@ -161,7 +196,8 @@ class Graph:
             self._backward()
 
     def _forward(self) -> Maps:
-        return self._compute(self._input)
+        with _replaced(self._places):
+            return self._compute(self._input)
 
     def _backward(self) -> tuple[Tensor | None, ...]:
         pairs = [
@@ -178,9 +214,10 @@ class Graph:
         """Whether what was kept for a backward pass is still needed."""
         return self._running is not None and self._running() is not None
 
-    def __call__(self, x: Tensor) -> Maps:
+    def __call__(self, x: Tensor, parameters: Sequence[nn.Parameter]) -> Maps:
+        """``parameters``: those with gradients, now."""
         if self._parameters:
-            return _Replay.apply(self, x, *self._parameters)
+            return _Replay.apply(self, x, *parameters)
         return self.forward(x)
 
     def forward(self, x: Tensor) -> Maps:
@@ -188,7 +225,16 @@ class Graph:
         self._replay_forward()
         return tuple(m.clone() for m in self._maps)
 
-    def backward(self, grads: Sequence[Tensor]) -> list[Tensor | None]:
+    def backward(self, context: Any, grads: Sequence[Tensor]) -> list[Tensor | None]:
+        """
+        Raises:
+            RuntimeError: What this pass kept is used up, or another's.
+        """
+        if self._running is None or self._running() is not context:
+            raise RuntimeError(
+                'a second backward pass through the same forward pass finds nothing '
+                'in a CUDA graph; cuda_graphs=0 of the backbone allows it'
+            )
         for cotangent, grad in zip(self._cotangents, grads):
             cotangent.copy_(grad)
         self._replay_backward()
@@ -215,7 +261,20 @@ class _Replay(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, *ctx.graph.backward(grads)
+        return None, None, *ctx.graph.backward(ctx, grads)
+
+
+@contextlib.contextmanager
+def _replaced(places: Sequence[tuple[dict[str, Any], str, Tensor]]) -> Iterator[None]:
+    """Modules with other tensors as their parameters."""
+    before = [parameters[name] for parameters, name, _ in places]
+    try:
+        for parameters, name, other in places:
+            parameters[name] = other
+        yield
+    finally:
+        for (parameters, name, _), parameter in zip(places, before):
+            parameters[name] = parameter
 
 
 class Capture:
@@ -237,6 +296,12 @@ class Capture:
     def of(self, function: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
         """What it returned, and what computes that anew, in the same place."""
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=self._stream, pool=self._pool):
+        # Other threads may go on, such as one that pins the next images' memory.
+        with torch.cuda.graph(
+            graph,
+            stream=self._stream,
+            pool=self._pool,
+            capture_error_mode='thread_local',
+        ):
             result = function()
         return result, graph.replay

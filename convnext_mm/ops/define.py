@@ -84,15 +84,22 @@ _PLAIN |= {tuple, torch.Size}
 def _somebody_looks(args: Sequence[Any]) -> bool:
     """Whether an operator's call must be seen as such."""
     return (
-        torch.compiler.is_compiling()
+        intercepted()
         or not has('torch.autograd.profiler._is_profiler_enabled')
         or torch.autograd.profiler._is_profiler_enabled
+        or not _PLAIN.issuperset(map(type, args))
+        or args[0].device.type == 'meta'
+    )
+
+
+def intercepted() -> bool:
+    """Whether a compiler, a mode or a transform takes PyTorch's calls."""
+    return (
+        torch.compiler.is_compiling()
         or not has('torch._C._len_torch_dispatch_stack')
         or torch._C._len_torch_dispatch_stack() > 0
         or not has('torch._C._functorch.peek_interpreter_stack')
         or torch._C._functorch.peek_interpreter_stack() is not None
-        or not _PLAIN.issuperset(map(type, args))
-        or args[0].device.type == 'meta'
     )
 
 

@@ -79,7 +79,7 @@ class DeployedBlock:
     """
 
     def __init__(self) -> None:
-        self._packed: tuple[object, lean.Packed] | None = None
+        self._packed: dict[torch.dtype, tuple[object, lean.Packed]] = {}
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return DeployedBlock, ()
@@ -102,14 +102,11 @@ class DeployedBlock:
 
     def _pack(self, weights: BlockWeights, dtype: torch.dtype) -> lean.Packed:
         # Loading or moving weights must not leave an old copy in use.
-        source = (
-            dtype,
-            *(
-                (w.device, w.data_ptr(), 0 if w.is_inference() else w._version)
-                for w in weights
-                if w is not None
-            ),
+        source = tuple(
+            (w.device, w.data_ptr(), 0 if w.is_inference() else w._version)
+            for w in weights
+            if w is not None
         )
-        if self._packed is None or self._packed[0] != source:
-            self._packed = source, pack(weights, dtype)
-        return self._packed[1]
+        if dtype not in self._packed or self._packed[dtype][0] != source:
+            self._packed[dtype] = source, pack(weights, dtype)
+        return self._packed[dtype][1]

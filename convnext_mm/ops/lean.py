@@ -107,7 +107,9 @@ def _linear(
         )
     else:
         x, fused = F.linear(x, weight, bias), False
-    return torch.ops.aten.gelu_(x) if gelu and not fused else x
+    if not gelu or fused:
+        return x
+    return torch.ops.aten.gelu_(x) if has('torch.ops.aten.gelu_') else F.gelu(x)
 
 
 def _layer_norm(

@@ -46,7 +46,7 @@ class Standin:
 @pytest.fixture
 def standin(monkeypatch):
     monkeypatch.setattr(graphs, 'Capture', Standin)
-    monkeypatch.setattr(graphs, '_possible', lambda x: not x.requires_grad)
+    monkeypatch.setattr(graphs, '_possible', lambda _, x: not x.requires_grad)
     monkeypatch.setattr(Standin, 'captures', 0)
 
 
@@ -122,6 +122,46 @@ def test_two_passes_before_a_backward(standin):
     model(x)  # what is dropped without a backward pass keeps nothing waiting
     assert not graph.waits_for_backward()
     assert_same(model, plain, x)
+
+
+def test_a_second_backward_is_refused(standin):
+    model, _ = pair()
+    x = torch.rand(1, 3, 32, 32)
+    loss = model(x)[-1].cumsum(1).sum()
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match='cuda_graphs=0'):
+        loss.backward(retain_graph=True)
+    model(x)[-1].cumsum(1).sum().backward()  # uses the graph up again
+    with pytest.raises(RuntimeError, match='cuda_graphs=0'):
+        loss.backward()
+
+
+def test_gradients_are_the_parameters_own(standin):
+    """Hooks of parameters run once, and one in the place of another gets its own."""
+    model, plain = pair()
+    x = torch.rand(1, 3, 32, 32)
+    for network in (model, plain):
+        network.stages[0][0].norm.weight.register_hook(lambda grad: 3 * grad)
+    assert_same(model, plain, x)
+    for network in (model, plain):
+        network.stages[1][0].norm.weight = torch.nn.Parameter(
+            network.stages[1][0].norm.weight.data
+        )
+    assert_same(model, plain, x)
+    assert all(isinstance(p, torch.nn.Parameter) for p in model.parameters())
+    assert model.stages[1][0].norm.weight.grad is not None
+
+
+def test_other_weights_of_a_deployed_network(standin):
+    model, plain = pair()
+    x = torch.rand(1, 3, 32, 32)
+    model.switch_to_deploy(), plain.switch_to_deploy()
+    with torch.no_grad():
+        for factor in (1.0, 1.5):
+            for network in (model, plain):
+                for parameter in network.parameters():
+                    parameter.mul_(factor)
+            assert_close(model(x), plain(x))
 
 
 def test_changing_sizes_end_captures(standin, monkeypatch):

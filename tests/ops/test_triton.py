@@ -490,6 +490,10 @@ def test_refused_where_it_cannot_run(monkeypatch):
     with pytest.raises(RuntimeError, match='128 values.*less than 128'):
         Block(8, impl='triton')(torch.rand(1, 8, 4, 4))
     monkeypatch.undo()
+    monkeypatch.setattr(triton_ops, 'MOST_COLUMNS', 30)
+    with pytest.raises(RuntimeError, match='32 columns.*less than 30'):
+        Block(8, impl='triton')(torch.rand(4, 8, 4, 4))
+    monkeypatch.undo()
     monkeypatch.setattr(triton_ops, '_interpreted', lambda: False)
     with pytest.raises(RuntimeError, match='NVIDIA GPU.*cpu'):
         Block(8, impl='triton')(torch.rand(1, 8, 4, 4))
@@ -660,6 +664,9 @@ def test_no_memory_leaves_the_choice_open(gpu):
     gpu.times['b'] = gpu.times['a']
     assert choose.fastest(('k', 3), 500, 'ab', None) == 'a'
     assert ('k', 3) not in {key[2:] for key in choose._fastest}
+    for _ in range(10):
+        assert choose.fastest(('k', 3), 500, 'ab', None) == 'a'
+    assert len(gpu.measured) == 4 * choose.PATIENCE
 
 
 def test_starts_what_was_compiled(monkeypatch):

@@ -21,6 +21,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MIN_TRITON = '3.6'  # tests run with it; tuples in loops need a recent one
 # Values of one sample's map: 4 hidden ones for each, and 32-bit offsets.
 LARGEST_MAP = 2**31 // 4
+# Samples times columns, which a grid's second and third size follow.
+MOST_COLUMNS = 2**19
 MIN_CAPABILITY = (8, 0)  # the oldest that the kernels are compiled for in tests
 # What works_on tries: the widths of the first stages, whose products take several
 # steps; tests make it less.
@@ -39,6 +41,12 @@ def why_not(x: Tensor) -> str | None:
         return (
             f'a sample of the input has {values} values, and they take '
             f'less than {LARGEST_MAP}'
+        )
+    columns = x.shape[0] * max(8, x.shape[-1])
+    if columns >= MOST_COLUMNS:
+        return (
+            f'an input of {tuple(x.shape)} has {columns} columns (of a sample at least '
+            f'8), and they take less than {MOST_COLUMNS}'
         )
     return _device_reason(str(x.device))
 

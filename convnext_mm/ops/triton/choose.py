@@ -88,11 +88,12 @@ def _measure(
         try:
             times[number] = _time(run, candidate)
         except torch.cuda.OutOfMemoryError as error:
-            failures[number] = error
+            failures[number] = error.with_traceback(None)
         except Exception as error:  # whatever a compiler or driver may raise
             # An error that broke the context comes again, from here.
             torch.cuda.synchronize()
-            failures[number] = error
+            # Its frames would keep memory from the other candidates.
+            failures[number] = error.with_traceback(None)
             print_log(
                 f'{key[2]}: left out {candidate}, which does not run here: '
                 f'{type(error).__name__}: {error}',
@@ -111,7 +112,7 @@ def _measure(
         ) from failures[0]
     best = min(times, key=times.__getitem__) if times else no_memory[0]
     _unfinished[key] += bool(no_memory)
-    if not no_memory or (times and _unfinished[key] >= PATIENCE):
+    if not no_memory or _unfinished[key] >= PATIENCE:
         _fastest[key] = best
     return best
 
