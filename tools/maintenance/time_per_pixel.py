@@ -130,7 +130,7 @@ def plot(results: list[dict], out: Path) -> None:
             unit = statistics.median(
                 t for r in rows for t in r['reference_us_per_pixel']
             )
-            pixels = [r['shape'][0] * r['shape'][1] * r['shape'][2] / 1e6 for r in rows]
+            pixels = [math.prod(r['shape']) / 1e6 for r in rows]
             cost = [unit * r['of_reference'] for r in rows]
             axis.plot(pixels, cost, 'o-', color=colour, label=name, markersize=4)
             if name != 'eager':
