@@ -4,6 +4,7 @@ An implementation gives both directions; ``torch.compile`` then sees one node
 each, and autograd keeps what the implementation wants kept.
 """
 
+import collections
 import contextlib
 import functools
 import math
@@ -28,6 +29,21 @@ def refuse_double_backward(ctx: Any, *grads: Any) -> None:
     )
 
 
+_counters: list[collections.Counter[str]] = []
+
+
+@contextlib.contextmanager
+def counted_operators() -> Iterator[collections.Counter[str]]:
+    """How often each of this package's operators runs in the context, by its name:
+    in backward and in compiled code too, in whichever thread."""
+    counter: collections.Counter[str] = collections.Counter()
+    _counters.append(counter)
+    try:
+        yield counter
+    finally:
+        _counters.pop()
+
+
 def define_operator(
     name: str,
     run: Callable,
@@ -49,8 +65,15 @@ def define_operator(
         schema: Types of arguments and results. None: the annotations of ``run``.
         setup_context, backward: As in :class:`torch.autograd.Function`.
     """
+
+    @functools.wraps(run)
+    def counted(*args: Any) -> Any:
+        for counter in _counters:
+            counter[name] += 1
+        return run(*args)
+
     operator = torch.library.custom_op(
-        f'convnext_mm::{name}', run, mutates_args=(), schema=schema
+        f'convnext_mm::{name}', counted, mutates_args=(), schema=schema
     )
     operator.register_fake(fake)
     operator.register_autograd(backward, setup_context=setup_context)
@@ -60,7 +83,7 @@ def define_operator(
     class Direct(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *args: Any) -> Any:
-            out = run(*args)
+            out = counted(*args)
             if setup_context is not None:
                 setup_context(ctx, args, out)
             return tuple(out) if isinstance(out, list) else out
@@ -70,7 +93,7 @@ def define_operator(
     def call(*args: Any) -> Any:
         if _somebody_looks(args):
             return operator(*args)
-        return Direct.apply(*args) if torch.is_grad_enabled() else run(*args)
+        return Direct.apply(*args) if torch.is_grad_enabled() else counted(*args)
 
     return call
 

@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import benchmark
 import make_benchmark_tables
 from convnext_mm import ConvNeXt
+from convnext_mm.analysis import complexity
 from convnext_mm.analysis.floor import Rates, backbone_cost
 from convnext_mm.analysis.meter import Meter, Step
 from convnext_mm.apis.benchmark import Settings, bench, capacity, models, networks, plot
@@ -42,6 +43,8 @@ def num_parameters():
 def small_heads(monkeypatch, tmp_path):
     """The configs of whole models, with heads that a CPU runs in seconds."""
     few = 'rpn_proposal=dict(max_per_img=50), rcnn=dict(sampler=dict(num=16))'
+    monkeypatch.setattr(complexity, 'NUM_PROPOSALS', 20)
+    monkeypatch.setattr(complexity, 'NUM_DETECTIONS', 4)
     for task, model in dict(
         detector=f'train_cfg=dict({few})',
         segmentor='decode_head=dict(channels=32), auxiliary_head=dict(channels=32)',

@@ -15,6 +15,8 @@ import gpu_proof
 from convnext_mm.apis.benchmark import Settings
 from repo import ROOT
 
+QUICK = dict(PYTHONPATH=ROOT / 'tests/helpers/quick_programs')
+
 
 def bash(*command, **environment):
     return subprocess.run(
@@ -325,7 +327,9 @@ def test_smoke_run_of_the_proof(tmp_path):
     for package in ('mmcv.ops', 'mmdet', 'mmseg', 'mmpretrain', 'timm'):
         pytest.importorskip(package)
     out = tmp_path / 'out'
-    result = bash('tools/maintenance/gpu_proof.sh', out, '--smoke', '--wheels', '')
+    result = bash(
+        *('tools/maintenance/gpu_proof.sh', out, '--smoke', '--wheels', ''), **QUICK
+    )
     assert result.returncode == 0, result.stdout + (out / 'log.txt').read_text()
     assert {path.name for path in out.iterdir()} == {'proof.json', 'log.txt'}
     parts = json.loads((out / 'proof.json').read_text())['parts']
@@ -357,6 +361,7 @@ def test_smoke_run_of_the_tuning(tmp_path):
     result = bash(
         *('tools/maintenance/gpu_proof.sh', tmp_path, '--smoke', '--tune'),
         *('--only', 'tune', '--wheels', ''),
+        **QUICK,
     )
     assert result.returncode == 0, result.stdout
     parts = json.loads((tmp_path / 'tune.json').read_text())['parts']

@@ -1,9 +1,7 @@
 """ConvNeXt backbones of this package and of others, with the same weights."""
 
-import collections
 import copy
 import importlib
-import os
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -11,12 +9,12 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
 
 from convnext_mm.archs import ARCHS
 from convnext_mm.checkpoint import convert_state_dict
 from convnext_mm.models import ConvNeXt
 from convnext_mm.models.block import IMPLEMENTATIONS, Block, sample_drop_scale
+from convnext_mm.ops.define import counted_operators
 
 # Where a peer's network is; the paper's formulation is written below.
 PEER_MODULES = dict(
@@ -317,17 +315,9 @@ class Implementation(NamedTuple):
 
 
 def what_runs(run: Callable[[], object]) -> Implementation:
-    """Runs it once, and looks which operators of this package PyTorch's dispatcher
-    calls, in backward and in compiled code too, which does not run under a
-    ``TorchDispatchMode``."""
-    os.environ.setdefault('KINETO_LOG_LEVEL', '9')  # it prints of each start and end
-    with profile(activities=[ProfilerActivity.CPU]) as recorded:
+    """Runs it once, and counts the operators of this package."""
+    with counted_operators() as operators:
         run()
-    operators = collections.Counter(
-        event.name.partition('::')[2]
-        for event in recorded.events()
-        if event.name.startswith('convnext_mm::')
-    )
     kinds = sorted({name.partition('_')[0] for name in operators})
     return Implementation('+'.join(kinds) or 'plain', dict(operators))
 
