@@ -57,6 +57,7 @@ def test_smoke_on_drawn_shapes(tmp_path):
     done = run(tmp_path, '--smoke', '--data', tmp_path / 'none')
     assert done.returncode == 0, done.stdout[-4000:]
     report = json.loads((tmp_path / 'training.json').read_text())
+    assert report['unpaired'] == {}
     assert report['smoke'] and report['machine']['device'] == 'cpu'
     assert report['versions']['torch'] and not report['skipped']
     assert shlex.split(report['command'])[2] == '--smoke'
@@ -94,7 +95,7 @@ def test_missing_data_is_left_out(tmp_path, monkeypatch, capsys):
 
 
 def test_a_task_that_raises_leaves_the_other(tmp_path, monkeypatch):
-    def compare(task, args, scratch):
+    def compare(task, args, scratch, finished):
         raise {'detector': RuntimeError, 'segmentor': gpu_train.Skipped}[task]('why')
 
     monkeypatch.setattr(gpu_train, 'compare', compare)
@@ -102,6 +103,20 @@ def test_a_task_that_raises_leaves_the_other(tmp_path, monkeypatch):
     report = json.loads((tmp_path / 'training.json').read_text())
     assert report['failed'] == dict(detector='RuntimeError: why')
     assert report['skipped'] == dict(segmentor='why')
+
+
+def test_a_run_whose_other_half_crashes_is_kept(tmp_path, monkeypatch):
+    def compare(task, args, scratch, finished):
+        finished('convnext_mm', dict(final_loss=1.5))
+        report = json.loads((tmp_path / 'training.json').read_text())
+        assert report['unpaired'][task] == dict(convnext_mm=dict(final_loss=1.5))
+        raise RuntimeError('why')
+
+    monkeypatch.setattr(gpu_train, 'compare', compare)
+    assert gpu_train.main([str(tmp_path), '--smoke', '--only', 'detector']) == 1
+    report = json.loads((tmp_path / 'training.json').read_text())
+    assert report['failed'] == dict(detector='RuntimeError: why')
+    assert report['unpaired']['detector']['convnext_mm'] == dict(final_loss=1.5)
 
 
 def test_a_slow_run_is_given_up(tmp_path):

@@ -17,6 +17,7 @@ import tempfile
 import time
 import traceback
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
@@ -323,8 +324,16 @@ def train(
     return recorder
 
 
-def compare(task: str, args: argparse.Namespace, scratch: Path) -> dict:
+def compare(
+    task: str,
+    args: argparse.Namespace,
+    scratch: Path,
+    finished: Callable[[str, dict], None],
+) -> dict:
     """Both runs of a task.
+
+    Args:
+        finished: Gets each run's name and result as soon as there is one.
 
     Raises:
         Skipped: It cannot run here.
@@ -346,6 +355,7 @@ def compare(task: str, args: argparse.Namespace, scratch: Path) -> dict:
         recorder = train(config, weights[name], f'{task}_{name}', args)
         recorders[name] = recorder
         runs[name] = recorder.result(TASKS[task].metrics)
+        finished(name, dict(runs[name], losses=recorder.losses))
         gc.collect()
         torch.cuda.empty_cache()
     ours, theirs = (recorders[name] for name in ('convnext_mm', 'mmpretrain'))
@@ -422,11 +432,23 @@ def main(argv=None) -> int:
         results={},
         skipped={},
         failed={},
+        unpaired={},
     )
+
+    def save() -> None:
+        write_text(out / 'training.json', json.dumps(report, indent=1) + '\n')
+
     with tempfile.TemporaryDirectory() as scratch:
         for task in [args.only] if args.only else TASKS:
+            runs = report['unpaired'][task] = {}
+
+            def finished(name: str, run: dict, runs: dict = runs) -> None:
+                runs[name] = run
+                save()
+
             try:
-                report['results'][task] = compare(task, args, Path(scratch))
+                report['results'][task] = compare(task, args, Path(scratch), finished)
+                runs.clear()
             except Skipped as error:
                 report['skipped'][task] = str(error)
             except RunFailed as error:
@@ -434,8 +456,9 @@ def main(argv=None) -> int:
             except Exception as error:  # whatever a library or driver may raise
                 traceback.print_exc()
                 report['failed'][task] = one_line(error)
-            # Written after each task: what is done is safe.
-            write_text(out / 'training.json', json.dumps(report, indent=1) + '\n')
+            if not runs:
+                del report['unpaired'][task]
+            save()
     results = report['results']
     if results:
         plot(results, args.tolerance, out / 'training.png')

@@ -21,5 +21,5 @@ while [ $# -gt 0 ]; do
     shift
 done
 python=$(gpu_python "$wheels")
-# Results are written after each task, so an end by the clock loses one at most.
+# Results are written after each run, so an end by the clock loses one at most.
 exec timeout 520 "$python" -W ignore "$tools/gpu_train.py" "${arguments[@]}"

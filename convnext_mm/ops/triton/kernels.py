@@ -487,12 +487,13 @@ def gelu_scaled_kernel(
 ):
     """``gelu(x) * scale``: (N, P, M) and (N, M) to (N, P, M)."""
     sample = tl.program_id(2).to(tl.int64)
-    pixel = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    first = tl.program_id(0) * BLOCK_R
+    tile_row = tl.arange(0, BLOCK_R)
     column = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     column_ok = column < hidden
-    base = sample * pixels * hidden
-    offset = pixel[:, None] * hidden + column[None, :]
-    ok = (pixel < pixels)[:, None] & column_ok[None, :]
+    base = (sample * pixels + first) * hidden
+    offset = tile_row[:, None] * hidden + column[None, :]
+    ok = (first + tile_row < pixels)[:, None] & column_ok[None, :]
     scale = tl.load(scale_ptr + sample * hidden + column, column_ok, other=0.0)
     h = _gelu(
         tl.load(x_ptr + base + offset, ok, other=0.0).to(tl.float32),
