@@ -270,11 +270,20 @@ def test_compiled_networks_take_part(tmp_path):
         'lean',
         '--compile',
         'timm',
+        'lean',
         '--compile-backend',
         'aot_eager',
     )
     assert result['skipped'] == {}
-    assert [r['network'] for r in result['rows']] == ['timm', 'lean', 'timm compiled']
+    assert {r['network']: r['implementation'] for r in result['rows']} == {
+        'timm': 'plain',
+        'lean': 'lean',
+        'timm compiled': 'plain',
+        'lean compiled': 'lean',
+    }
+    # Forward and backward are counted in compiled code too.
+    plain, compiled = (r['operators'] for r in result['rows'][1::2])
+    assert plain == compiled and plain['lean_backward'] == 12
 
 
 @pytest.mark.slow
