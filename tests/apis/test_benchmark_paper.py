@@ -442,9 +442,9 @@ def test_memory_of_a_detector(gpu_bench, monkeypatch):
 
     def with_few_samples(*args):
         cfg = read_config(*args)
-        cfg.model.train_cfg.rpn_proposal.max_per_img = 50
+        cfg.model.train_cfg.rpn_proposal.max_per_img = 8
         for stage in cfg.model.train_cfg.rcnn:
-            stage.sampler.num = 16
+            stage.sampler.num = 4
         return cfg
 
     monkeypatch.setattr(models, 'read_config', with_few_samples)
